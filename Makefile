@@ -1,0 +1,52 @@
+# make demo and make test do all set-up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+S3_STAMP := .venv-s3/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+
+.PHONY: install demo test test-all unit check format bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "segbatch needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[dev,litert,pretrained]'
+	@touch $@
+
+# The S3 test server needs a botocore that s3fs refuses, so it lives in an environment of its own.
+$(S3_STAMP): tests/s3-server.txt
+	test -x .venv-s3/bin/python || $(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/python -m pip install --quiet --requirement tests/s3-server.txt
+	@touch $@
+
+demo: install
+	$(BIN)/segbatch demo demo-out
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+unit: install
+	$(BIN)/pytest tests/unit tests/contract tests/golden -m "not ray and not flows and not s3 and not slow"
+
+test: install $(S3_STAMP)
+	$(BIN)/pytest tests -m "not slow"
+
+test-all: install $(S3_STAMP)
+	$(BIN)/pytest tests
+
+bench: install
+	$(BIN)/python tests/bench/run.py
+
+clean:
+	rm -rf .venv .venv-s3 demo-out build *.egg-info

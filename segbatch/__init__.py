@@ -1,0 +1,32 @@
+"""Run, train and score segmentation models over whole datasets in object storage.
+
+The verbs are imported when they are used, so that ``import segbatch`` costs nothing in an actor.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from segbatch.version import __version__
+
+if TYPE_CHECKING:
+    from segbatch.api import evaluate, ingest, predict, query, report, retry, run_pipeline, status, train
+
+__all__ = [
+    "__version__",
+    "evaluate",
+    "ingest",
+    "predict",
+    "query",
+    "report",
+    "retry",
+    "run_pipeline",
+    "status",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from segbatch import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'segbatch' has no attribute {name!r}")

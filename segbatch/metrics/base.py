@@ -1,0 +1,150 @@
+"""What every evaluator is to the rest of segbatch: counts per image, merged in any order, computed once.
+
+``update`` sees one ground-truth row and one prediction row and returns a state; ``columns`` turns states into columns
+of the state table and ``states`` reads them back; ``merge`` adds states; ``compute`` makes figures of the total.
+States hold integers only and merging is exact, so that any partition of the images, merged in any order, gives the
+same bits. Floats appear in ``compute`` alone, and are summed there in class order.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from segbatch.records import Figure
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a record batch, without copying it."""
+
+    batch: pa.RecordBatch
+    index: int
+
+    def column(self, name: str) -> pa.Array:
+        """The whole column that the row is part of."""
+        return self.batch.column(name)
+
+    def text(self, name: str) -> str | None:
+        """The row's value in a string column; None for null."""
+        value: str | None = self.batch.column(name)[self.index].as_py()
+        return value
+
+    def number(self, name: str) -> int | None:
+        """The row's value in an integer column; None for null."""
+        value: int | None = self.batch.column(name)[self.index].as_py()
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCount:
+    """Pixels (or objects) of one class in one image: hits, false alarms, misses."""
+
+    class_name: str
+    label_id: int
+    tp: int
+    fp: int
+    fn: int
+
+    @property
+    def iou(self) -> float | None:
+        """Intersection over union, 0..1; None when the image neither shows nor predicts the class."""
+        union = self.tp + self.fp + self.fn
+        return self.tp / union if union else None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScore:
+    """One image on its own.
+
+    Attributes:
+        score: what images are ranked by, 0..1; None where it is undefined (nothing to score).
+        classes: every class that the image shows or predicts, in class order.
+    """
+
+    score: float | None
+    classes: tuple[ClassCount, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """Counts of ground truth against prediction.
+
+    Attributes:
+        truth_ids, predicted_ids: label ids of rows and columns, in class order; columns may hold more (void).
+        truth_names, predicted_names: their names.
+        pixels: uint64 of shape (rows, columns).
+    """
+
+    truth_ids: tuple[int, ...]
+    predicted_ids: tuple[int, ...]
+    truth_names: tuple[str, ...]
+    predicted_names: tuple[str, ...]
+    pixels: NDArray[np.uint64]
+
+
+class Metric(Protocol[S]):
+    """One evaluator, made for a class table. Holds no counts itself, so threads may share it.
+
+    ``S`` is its state: of one image, or of any number of images merged.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    """The official evaluator that the figures equal, or how they are defined where there is none."""
+
+    headline: ClassVar[str]
+    """Metric name of the figure that sums it all up."""
+
+    task_column: ClassVar[str]
+    """The column (of samples and masks) that is null where the task was not run: ``semantic``, ``instances`` ..."""
+
+    truth_columns: ClassVar[tuple[str, ...]]
+    """Columns of the samples table that ``update`` reads, beside ids, sizes and status."""
+
+    prediction_columns: ClassVar[tuple[str, ...]]
+    """Columns of the masks table that ``update`` reads."""
+
+    state_columns: ClassVar[tuple[str, ...]]
+    """Columns of the state table that ``columns`` fills."""
+
+    def update(self, truth: Row, predicted: Row) -> S:
+        """State of one image.
+
+        Args:
+            truth: a row of samples with ``truth_columns``, its label not null.
+            predicted: the row of masks for the same sample, its mask not null.
+
+        Raises:
+            DataError: the two cannot be compared; the row then gets the error's code as its status.
+        """
+        ...
+
+    def columns(self, states: Sequence[S | None]) -> Mapping[str, pa.Array]:
+        """``state_columns`` with one entry per state; None becomes null."""
+        ...
+
+    def states(self, batch: pa.RecordBatch) -> list[S | None]:
+        """Inverse of ``columns``: the state of every row, None where it is null."""
+        ...
+
+    def merge(self, states: Iterable[S]) -> S:
+        """Sum of any number of states (none: the empty state); the order does not matter."""
+        ...
+
+    def compute(self, total: S) -> list[Figure]:
+        """The figures: those over all classes first, then by class; undefined values are None."""
+        ...
+
+    def image(self, state: S) -> ImageScore:
+        """One image's own score and counts."""
+        ...
+
+    def confusion(self, total: S) -> Confusion | None:
+        """The confusion matrix, or None where the metric has none."""
+        ...

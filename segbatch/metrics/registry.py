@@ -1,0 +1,53 @@
+"""Evaluators by name: those that come with segbatch, and those that other packages register.
+
+A package adds one with an entry point in group ``segbatch.metrics``: name = protocol, value = a class that is made
+with a ``ClassTable`` and obeys ``base.Metric``.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from segbatch.config import nearest
+from segbatch.errors import ConfigError
+from segbatch.metrics.base import Metric
+from segbatch.metrics.camvid import CamVidMetric, CamVidStrictMetric
+from segbatch.metrics.semantic import SemanticMetric
+from segbatch.records import ClassTable
+
+MetricFactory = Callable[[ClassTable], Metric[Any]]
+
+METRICS: dict[str, MetricFactory] = {
+    SemanticMetric.name: SemanticMetric,
+    CamVidMetric.name: CamVidMetric,
+    CamVidStrictMetric.name: CamVidStrictMetric,
+}
+
+_DEFAULTS = {"camvid": CamVidMetric.name}
+
+ENTRY_POINTS = "segbatch.metrics"
+
+
+def names() -> list[str]:
+    """Every known protocol, sorted."""
+    return sorted({*METRICS, *(e.name for e in entry_points(group=ENTRY_POINTS))})
+
+
+def default_protocol(dataset_name: str) -> str:
+    """The dataset's official protocol, else ``semantic``."""
+    return _DEFAULTS.get(dataset_name, SemanticMetric.name)
+
+
+def make(protocol: str, classes: ClassTable) -> Metric[Any]:
+    """The evaluator of a protocol for a class table.
+
+    Raises:
+        ConfigError: an unknown protocol, or one that does not fit the classes.
+    """
+    if protocol in METRICS:
+        return METRICS[protocol](classes)
+    for entry in entry_points(group=ENTRY_POINTS, name=protocol):
+        factory: MetricFactory = entry.load()
+        return factory(classes)
+    known = names()
+    raise ConfigError(f"unknown protocol {protocol}{nearest(protocol, known)}", f"known: {', '.join(known)}")

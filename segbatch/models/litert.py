@@ -1,0 +1,301 @@
+"""LiteRT (TensorFlow Lite) files: ``litert:path-or-uri``.
+
+The file's own input says size and type. Its output is one of: label maps (n, h, w) of integers; scores (n, h, w, C),
+float or quantised; one score (n, h, w, 1), the probability of the foreground, which becomes two classes.
+
+Classes come from, in this order: the list the user gives (``--classes``); a side-car ``<file>.toml`` (``SideCar``);
+the only ``*labels*.txt`` of the same folder; the label file packed into the model. With none of these the label maps
+are written as they come.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segbatch import storage
+from segbatch.config import digest_of, parse
+from segbatch.errors import ConfigError, ObjectMissing
+from segbatch.models.base import InputSpec, ModelSpec, Segmenter
+from segbatch.models.checkpoint import weights_digest
+from segbatch.models.classes import ClassesFile, class_table, names_in, read_class_table, toml_content
+from segbatch.records import ClassTable
+
+_EXTRA = "pip install 'segbatch[litert]'"
+_TINY = 1e-6
+"""Probabilities are kept this far from 0 and 1 before their logarithm is taken."""
+
+Scores = Literal["logits", "probabilities"]
+Triple = tuple[float, float, float]
+
+
+class SideCar(ClassesFile):
+    """What ``<file>.toml`` beside a LiteRT file may say.
+
+    Attributes:
+        classes, label_ids, colors: see ``ClassesFile``.
+        mean, std: of a float input, per RGB channel, in units of 0..1; by default pixels are fed as 0..1.
+        scores: what the outputs are; by default probabilities when there is one channel, else logits.
+        licence, source: of the weights.
+    """
+
+    mean: Triple = (0.0, 0.0, 0.0)
+    std: Triple = (1.0, 1.0, 1.0)
+    scores: Scores | None = None
+    licence: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LiteRtSource:
+    """A LiteRT file and, optionally, a class list."""
+
+    uri: str
+    classes_uri: str = ""
+
+    @property
+    def reference(self) -> str:
+        """``litert:uri``."""
+        return f"litert:{self.uri}"
+
+    def describe(self) -> ModelSpec:
+        """See ``ModelSource``; the file is read and parsed, no tensors are allocated."""
+        return self._open(threads=1).spec
+
+    def load(self, threads: int) -> Segmenter:
+        """See ``ModelSource``."""
+        segmenter = self._open(threads)
+        segmenter.allocate()
+        return segmenter
+
+    def _open(self, threads: int) -> "LiteRtSegmenter":
+        uri = storage.resolve(self.uri)
+        try:
+            data = storage.read_bytes(uri)
+        except ObjectMissing as error:
+            raise ConfigError(f"model {self.reference}: {error.problem}", error.fix) from error
+        side_car = _side_car(uri)
+        interpreter = _interpreter(data, threads, self.reference)
+        tensors = _tensors(interpreter, self.reference)
+        classes = _classes(uri, data, side_car, self.classes_uri, tensors.channels)
+        return LiteRtSegmenter(interpreter, _spec(self.reference, data, tensors, side_car, classes), tensors, side_car)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The only input and output of a file.
+
+    Attributes:
+        input, output: their indices.
+        height, width: of the input.
+        input_type: ``uint8``, ``int8`` or ``float32``.
+        labels: the output is a label map.
+        channels: score channels; 0 for a label map.
+        scale, zero_point: how scores are quantised; scale 0 when they are not.
+    """
+
+    input: int
+    output: int
+    height: int
+    width: int
+    input_type: str
+    labels: bool
+    channels: int
+    scale: float
+    zero_point: int
+
+
+def _interpreter(data: bytes, threads: int, reference: str) -> Any:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError as error:
+        raise ConfigError(f"model {reference} needs the package ai-edge-litert", _EXTRA) from error
+    try:
+        return Interpreter(model_content=data, num_threads=threads)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"model {reference} is not a LiteRT file: {str(error).splitlines()[0]}", "check the path"
+        ) from error
+
+
+def _tensors(interpreter: Any, reference: str) -> _Tensors:
+    inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ConfigError(
+            f"model {reference} has {len(inputs)} inputs and {len(outputs)} outputs",
+            "only files with one of each are understood",
+        )
+    into, out = inputs[0], outputs[0]
+    shape, kind = [int(s) for s in into["shape_signature"]], np.dtype(into["dtype"]).name
+    if len(shape) != 4 or shape[3] != 3 or min(shape[1:]) < 1 or kind not in ("uint8", "int8", "float32"):
+        raise ConfigError(
+            f"model {reference}: its input is {kind} of shape {shape}",
+            "an RGB input (n, height, width, 3) of fixed size, uint8, int8 or float32, is understood",
+        )
+    out_shape, out_kind = [int(s) for s in out["shape"]], np.dtype(out["dtype"])
+    scale, zero_point = (float(v) for v in out["quantization"])
+    wide = len(out_shape) == 4
+    single_labels = wide and out_shape[3] == 1 and out_kind.kind in "iu" and scale == 0.0
+    if not wide and not (len(out_shape) == 3 and out_kind.kind in "iu"):
+        raise ConfigError(
+            f"model {reference}: its output is {out_kind.name} of shape {out_shape}",
+            "label maps (n, h, w) or scores (n, h, w, C) are understood",
+        )
+    labels = not wide or single_labels
+    return _Tensors(
+        into["index"],
+        out["index"],
+        shape[1],
+        shape[2],
+        kind,
+        labels,
+        0 if labels else out_shape[3],
+        scale,
+        int(zero_point),
+    )
+
+
+def _side_car(uri: str) -> SideCar:
+    where = f"{uri}.toml"
+    try:
+        text = storage.read_bytes(where).decode("utf-8")
+    except ObjectMissing:
+        return SideCar()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8 text") from error
+    return parse(SideCar, toml_content(text, where), where)
+
+
+def _classes(uri: str, data: bytes, side_car: SideCar, classes_uri: str, channels: int) -> ClassTable:
+    """The class table; see the module's docstring for the order."""
+    wanted = max(channels, 2) if channels else 0
+    for where, table in _class_lists(uri, data, side_car, classes_uri):
+        if not wanted or len(table.classes) == wanted:
+            return table
+        if where in (classes_uri, f"{uri}.toml"):
+            raise ConfigError(
+                f"{where} names {len(table.classes)} classes, {uri} has {wanted} outputs",
+                "give one name for each output",
+            )
+    return class_table(ClassesFile(classes=("background", "foreground")), uri) if channels == 1 else ClassTable(())
+
+
+def _class_lists(uri: str, data: bytes, side_car: SideCar, classes_uri: str) -> list[tuple[str, ClassTable]]:
+    """(where it stands, table) of the lists that are there, the strongest first."""
+    if classes_uri:
+        return [(classes_uri, read_class_table(classes_uri))]
+    if side_car.classes:
+        return [(f"{uri}.toml", class_table(side_car, f"{uri}.toml"))]
+    folder = uri.rsplit("/", 1)[0]
+    beside = [
+        f.uri
+        for f in storage.list_files(folder, (".txt",), recursive=False)
+        if "labels" in storage.name_of(f.uri).lower()
+    ]
+    found = [(beside[0], read_class_table(beside[0]))] if len(beside) == 1 else []
+    packed = _packed_labels(data)
+    return found + ([(f"{uri}!", class_table(packed, uri))] if packed else [])
+
+
+def _packed_labels(data: bytes) -> ClassesFile | None:
+    """The label file of a model with TFLite metadata: a zip archive behind the network."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return None
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [n for n in archive.namelist() if n.lower().endswith(".txt")]
+        return names_in(archive.read(names[0]).decode("utf-8")) if len(names) == 1 else None
+
+
+def _spec(reference: str, data: bytes, tensors: _Tensors, side_car: SideCar, classes: ClassTable) -> ModelSpec:
+    floats = tensors.input_type == "float32"
+    spec = InputSpec(
+        height=tensors.height,
+        width=tensors.width,
+        resize="stretch",
+        layout="nhwc",
+        dtype="float32" if floats else "uint8",
+        mean=side_car.mean,
+        std=side_car.std,
+    )
+    decides = {
+        "file": weights_digest(data),
+        "mean": side_car.mean if floats else None,
+        "std": side_car.std if floats else None,
+        "scores": side_car.scores,
+        "label_ids": [c.label_id for c in classes.classes],
+    }
+    return ModelSpec(
+        name=reference,
+        task="semantic",
+        classes=classes,
+        input=spec,
+        output="labels" if tensors.labels else "logits",
+        digest=digest_of(decides),
+        licence=side_car.licence,
+        source=side_car.source,
+    )
+
+
+class LiteRtSegmenter:
+    """A LiteRT interpreter as a ``Segmenter``; images of a batch run one after the other."""
+
+    def __init__(self, interpreter: Any, spec: ModelSpec, tensors: _Tensors, side_car: SideCar) -> None:
+        self.spec = spec
+        self._interpreter = interpreter
+        self._tensors = tensors
+        self._scores: Scores = side_car.scores or ("probabilities" if tensors.channels == 1 else "logits")
+
+    def allocate(self) -> None:
+        """Make room for a batch of one.
+
+        Raises:
+            ConfigError: the network uses operations that this runtime lacks.
+        """
+        try:
+            self._interpreter.resize_tensor_input(
+                self._tensors.input, (1, self._tensors.height, self._tensors.width, 3)
+            )
+            self._interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"model {self.spec.name} cannot be run: {str(error).splitlines()[0]}",
+                "use a file without custom operations",
+            ) from error
+
+    def forward(self, batch: NDArray[Any]) -> NDArray[Any]:
+        """(n, height, width, 3) -> labels (n, h, w), or logits (n, classes, h, w) float32."""
+        return np.stack([self._one(image[None]) for image in batch])
+
+    def _one(self, image: NDArray[Any]) -> NDArray[Any]:
+        if self._tensors.input_type == "int8":
+            image = (image ^ np.uint8(128)).view(np.int8)
+        self._interpreter.set_tensor(self._tensors.input, image)
+        self._interpreter.invoke()
+        out = self._interpreter.get_tensor(self._tensors.output)[0]
+        if self._tensors.labels:
+            return out[..., 0] if out.ndim == 3 else out
+        return np.moveaxis(self._logits(out), -1, 0)
+
+    def _logits(self, out: NDArray[Any]) -> NDArray[np.float32]:
+        """Scores (h, w, C) as logits whose soft-max is the probabilities; one channel becomes two."""
+        scores = out.astype(np.float32)
+        if self._tensors.scale:
+            scores = (scores - np.float32(self._tensors.zero_point)) * np.float32(self._tensors.scale)
+        if self._scores == "probabilities":
+            self._check_probabilities(scores)
+            scores = np.clip(scores, _TINY, 1 - _TINY)
+            scores = np.log(scores / (1 - scores)) if scores.shape[-1] == 1 else np.log(scores)
+        if scores.shape[-1] == 1:
+            scores = np.concatenate([np.zeros_like(scores), scores], -1)
+        return scores
+
+    def _check_probabilities(self, scores: NDArray[np.float32]) -> None:
+        low, high = float(scores.min()), float(scores.max())
+        if low < -0.01 or high > 1.01:
+            raise ConfigError(
+                f"model {self.spec.name}: its outputs reach from {low:.3g} to {high:.3g}, so they are no probabilities",
+                f'write scores = "logits" into {self.spec.name.removeprefix("litert:")}.toml',
+            )

@@ -1,0 +1,491 @@
+"""Plans: an input listing cut into shards, written once and adopted by every driver.
+
+``.segbatch/plans/<uuid>/items-*.parquet`` holds the items (at most ``PART_ROWS`` a file), ``shards.parquet`` beside
+it one row per shard; ``.segbatch/plans/<n>.json``, put-if-absent, makes them plan ``n``.
+"""
+
+import hashlib
+import itertools
+import json
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from segbatch import storage
+from segbatch.config import PlanConfig
+from segbatch.errors import ConfigError, ObjectExists
+from segbatch.records import PlanItem, ShardRef
+from segbatch.tables import service
+
+if TYPE_CHECKING:
+    import duckdb
+
+PART_ROWS = 1_000_000
+_GROUP_ROWS = 4096
+_SMALL = 4096
+_SHARD_ROWS = 256
+_MIN_SHARD_ROWS = 16
+_WANTED_SHARDS = 16
+
+_ITEM_FIELDS = [
+    pa.field("sample_id", pa.string()),
+    pa.field("uri", pa.string()),
+    pa.field("etag", pa.string()),
+    pa.field("bytes", pa.int64()),
+    pa.field("rows", pa.int64()),
+    pa.field("row_start", pa.int64()),
+    pa.field("detail", pa.string()),
+]
+_ITEMS = pa.schema([pa.field("shard", pa.int64()), *_ITEM_FIELDS])
+_SHARDS = pa.schema(
+    [
+        pa.field("number", pa.int64()),
+        pa.field("key", pa.string()),
+        pa.field("part", pa.int64()),
+        pa.field("start", pa.int64()),
+        pa.field("stop", pa.int64()),
+        pa.field("rows", pa.int64()),
+        pa.field("bytes", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInfo:
+    """What ``plans/<n>.json`` says.
+
+    Attributes:
+        plan: its number.
+        folder: name of the writer's folder below ``plans/``.
+        shards, rows, bytes: totals.
+        next_shard: number of the first shard of the plan after this.
+        rewrites: numbers of shards of earlier plans that this plan replaces.
+    """
+
+    plan: int
+    folder: str
+    shards: int
+    rows: int
+    bytes: int
+    next_shard: int
+    rewrites: tuple[int, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A shard before it has a place: its number, its key when it replaces another's, its items."""
+
+    items: list[PlanItem]
+    number: int
+    key: str = ""
+
+
+def published(root: str) -> list[PlanInfo]:
+    """The plans of a run root in order."""
+    found: list[PlanInfo] = []
+    for number in itertools.count():
+        uri = service(root, "plans", f"{number}.json")
+        if not storage.exists(uri):
+            return found
+        data: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        found.append(PlanInfo(**{**data, "rewrites": tuple(data["rewrites"])}))
+    return found
+
+
+class _Lost(Exception):
+    """Another driver has published this plan's number first."""
+
+
+def publish(
+    root: str, table: str, listing: Callable[[], Iterable[PlanItem]], options: PlanConfig, complete: bool = True
+) -> PlanInfo | None:
+    """Plan what the plans so far lack, and publish it; None when nothing is new.
+
+    When another driver publishes first, its plan is adopted and only what it lacks is planned.
+
+    Raises:
+        ConfigError: two items share a sample id.
+    """
+    while True:
+        plans = published(root)
+        try:
+            if not plans:
+                return _write(root, table, cut(listing(), options, 0), number=0, next_shard=0)
+            changes = _changes(root, plans, listing(), complete)
+            next_shard = plans[-1].next_shard
+            cuts = itertools.chain(
+                (_Cut(items, number, key) for number, key, items in changes.rewrites),
+                cut(changes.new, options, next_shard),
+            )
+            return _write(root, table, cuts, len(plans), next_shard)
+        except _Lost:
+            continue
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What publishing would plan: shards and rows that are new or to be rewritten, and what is planned already."""
+
+    shards: int
+    rows: int
+    bytes: int
+    rewrites: int
+    planned_rows: int
+
+
+def preview(
+    root: str, listing: Callable[[], Iterable[PlanItem]], options: PlanConfig, complete: bool = True
+) -> Preview:
+    """Like ``publish``, but only counts; writes nothing."""
+    plans = published(root)
+    changes = _changes(root, plans, listing(), complete) if plans else None
+    new: Iterable[PlanItem] = changes.new if changes else listing()
+    shards = rows = size = 0
+    for piece in cut(new, options, 0):
+        shards += 1
+        rows += sum(i.rows for i in piece.items)
+        size += sum(i.bytes for i in piece.items)
+    planned = sum(s.rows for s in latest_shards(root, "", plans))
+    return Preview(shards, rows, size, len(changes.rewrites) if changes else 0, planned)
+
+
+def latest_shards(root: str, table: str, plans: Sequence[PlanInfo]) -> Iterator[ShardRef]:
+    """Every shard in its latest plan, newest plan first."""
+    seen: set[int] = set()
+    for info in reversed(plans):
+        for shard in shards_of(root, table, info):
+            if shard.number not in seen:
+                yield shard
+        seen.update(info.rewrites)
+
+
+def cut(items: Iterable[PlanItem], options: PlanConfig, first: int) -> Iterator[_Cut]:
+    """Cut a stream of items into shards of at most ``shard_rows`` rows and about ``shard_bytes`` bytes.
+
+    Ranges of rows of one Parquet file never share a shard with another file's: readers can zip the two.
+    """
+    stream = iter(items)
+    head = list(itertools.islice(stream, _SMALL))
+    limit = options.shard_rows or _rows_per_shard(head)
+    numbers = itertools.count(first)
+    taken: list[PlanItem] = []
+    rows = size = 0
+    for item in itertools.chain(head, stream):
+        for piece in [item] if item.sample_id else _pieces(item, limit):
+            other_file = bool(taken) and not piece.sample_id and piece.uri != taken[0].uri
+            if taken and (other_file or rows + piece.rows > limit or size + piece.bytes > options.shard_bytes):
+                yield _Cut(taken, next(numbers))
+                taken, rows, size = [], 0, 0
+            taken.append(piece)
+            rows, size = rows + piece.rows, size + piece.bytes
+    if taken:
+        yield _Cut(taken, next(numbers))
+
+
+def _rows_per_shard(head: Sequence[PlanItem]) -> int:
+    """256, but a small input is spread over some shards so that several actors have work and progress shows."""
+    rows = sum(i.rows for i in head)
+    if len(head) == _SMALL:
+        return _SHARD_ROWS
+    return min(max(-(-rows // _WANTED_SHARDS), _MIN_SHARD_ROWS), _SHARD_ROWS)
+
+
+def _pieces(item: PlanItem, limit: int) -> Iterator[PlanItem]:
+    for start in range(0, item.rows, limit):
+        rows = min(limit, item.rows - start)
+        share = item.bytes * rows // max(item.rows, 1)
+        yield PlanItem("", item.uri, item.etag, share, rows, item.row_start + start, item.detail)
+
+
+def _key(number: int, items: Sequence[PlanItem]) -> str:
+    text = "\n".join(f"{i.uri}\t{i.etag}\t{i.row_start}" for i in items)
+    return f"part-{number:08d}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}.parquet"
+
+
+def _write(root: str, table: str, cuts: Iterable[_Cut], number: int, next_shard: int) -> PlanInfo | None:
+    """Write the parts of a plan, then publish it; None when it is empty.
+
+    Raises:
+        _Lost: another driver was first.
+    """
+    writer = _PlanWriter(service(root, "plans", uuid.uuid4().hex))
+    rewrites = []
+    for piece in cuts:
+        writer.add(piece)
+        if piece.key:
+            rewrites.append(piece.number)
+        else:
+            next_shard = max(next_shard, piece.number + 1)
+    if not writer.shards:
+        return None
+    writer.close()
+    _check_unique(writer.ids)
+    info = PlanInfo(
+        plan=number,
+        folder=storage.name_of(writer.folder),
+        shards=writer.shards,
+        rows=writer.rows,
+        bytes=writer.bytes,
+        next_shard=next_shard,
+        rewrites=tuple(rewrites),
+    )
+    try:
+        storage.create(service(root, "plans", f"{number}.json"), json.dumps(asdict(info)).encode())
+    except ObjectExists:
+        if published(root)[number].folder != info.folder:  # else only the reply was lost
+            writer.discard()
+            raise _Lost from None
+    return info
+
+
+def _check_unique(ids: "_IdCheck") -> None:
+    if ids.duplicates:
+        shown = ", ".join(sorted(ids.duplicates)[:3])
+        raise ConfigError(
+            f"{len(ids.duplicates)} sample ids occur twice, for example {shown}", "every id must be unique"
+        )
+
+
+class _IdCheck:
+    """Notices a sample id that occurs twice; 8 bytes of hash an id."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self.duplicates: set[str] = set()
+
+    def add(self, sample_id: str) -> None:
+        if not sample_id:
+            return
+        mark = int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little")
+        if mark in self._seen:
+            self.duplicates.add(sample_id)
+        self._seen.add(mark)
+
+
+class _PlanWriter:
+    """Streams items and shards into Parquet files of a plan's own folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.shards = self.rows = self.bytes = 0
+        self.ids = _IdCheck()
+        self._part = 0
+        self._in_part = 0
+        self._items: list[tuple[int, PlanItem]] = []
+        self._refs: list[dict[str, Any]] = []
+        self._shard_groups: list[pa.Table] = []
+        self._item_buffer = storage.buffer()
+        self._item_writer = pq.ParquetWriter(self._item_buffer, _ITEMS, compression="zstd")
+        self._written: list[str] = []
+
+    def add(self, piece: _Cut) -> None:
+        if self._in_part and self._in_part + len(piece.items) > PART_ROWS:
+            self._roll()
+        rows, size = sum(i.rows for i in piece.items), sum(i.bytes for i in piece.items)
+        self._refs.append(
+            {
+                "number": piece.number,
+                "key": piece.key or _key(piece.number, piece.items),
+                "part": self._part,
+                "start": self._in_part,
+                "stop": self._in_part + len(piece.items),
+                "rows": rows,
+                "bytes": size,
+            }
+        )
+        for item in piece.items:
+            self.ids.add(item.sample_id)
+            self._items.append((piece.number, item))
+        self._in_part += len(piece.items)
+        self.shards, self.rows, self.bytes = self.shards + 1, self.rows + rows, self.bytes + size
+        if len(self._items) >= _GROUP_ROWS:
+            self._flush_items()
+        if len(self._refs) >= _GROUP_ROWS:
+            self._flush_refs()
+
+    def _flush_items(self) -> None:
+        if self._items:
+            self._item_writer.write_table(_items_table(self._items), row_group_size=_GROUP_ROWS)
+            self._items = []
+
+    def _flush_refs(self) -> None:
+        self._shard_groups.append(pa.Table.from_pylist(self._refs, _SHARDS))
+        self._refs = []
+
+    def _roll(self) -> None:
+        self._flush_items()
+        self._item_writer.close()
+        self._put(f"items-{self._part:08d}.parquet", self._item_buffer.getvalue())
+        self._part, self._in_part = self._part + 1, 0
+        self._item_buffer = storage.buffer()
+        self._item_writer = pq.ParquetWriter(self._item_buffer, _ITEMS, compression="zstd")
+
+    def _put(self, name: str, data: bytes) -> None:
+        uri = storage.join(self.folder, name)
+        storage.replace(uri, data)
+        self._written.append(uri)
+
+    def close(self) -> None:
+        self._roll()
+        self._flush_refs()
+        out = storage.buffer()
+        pq.write_table(pa.concat_tables(self._shard_groups), out, compression="zstd")
+        self._put("shards.parquet", out.getvalue())
+
+    def discard(self) -> None:
+        """Remove the files of a plan that lost the race."""
+        for uri in self._written:
+            storage.delete(uri)
+
+
+def _items_table(items: Sequence[tuple[int, PlanItem]]) -> pa.Table:
+    columns = [[s for s, _ in items], *([getattr(i, f.name) for _, i in items] for f in _ITEM_FIELDS)]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, _ITEMS, strict=True)], _ITEMS)
+
+
+def shards_of(root: str, table: str, info: PlanInfo) -> Iterator[ShardRef]:
+    """The shards of a plan, streamed from its index."""
+    folder = service(root, "plans", info.folder)
+    rewrites = set(info.rewrites)
+    with storage.open_input(storage.join(folder, "shards.parquet")) as source:
+        for batch in pq.ParquetFile(source).iter_batches(_GROUP_ROWS):
+            for row in batch.to_pylist():
+                yield ShardRef(
+                    root=root,
+                    table=table,
+                    plan=info.plan,
+                    number=row["number"],
+                    key=row["key"],
+                    part=storage.join(folder, f"items-{row['part']:08d}.parquet"),
+                    start=row["start"],
+                    stop=row["stop"],
+                    rows=row["rows"],
+                    bytes=row["bytes"],
+                    mode="rewrite" if row["number"] in rewrites else "create",
+                )
+
+
+def items_of(shard: ShardRef) -> list[PlanItem]:
+    """The items of a shard, in plan order."""
+    found: list[PlanItem] = []
+    with storage.open_input(shard.part) as source:
+        file = pq.ParquetFile(source)
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            low, high = max(shard.start - first, 0), min(shard.stop - first, rows)
+            first += rows
+            if low < high:
+                chunk = file.read_row_group(group, use_threads=False).slice(low, high - low).drop_columns("shard")
+                found += [PlanItem(**row) for row in chunk.to_pylist()]
+    return found
+
+
+# -- what has changed since the plans so far -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    new: list[PlanItem]
+    rewrites: list[tuple[int, str, list[PlanItem]]]
+
+
+def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], complete: bool) -> _Changes:
+    """Anti-join the input as it is now with every plan so far, out of core, on (uri, etag)."""
+    import duckdb
+
+    with tempfile.TemporaryDirectory() as scratch, duckdb.connect() as db:
+        db.execute("SET memory_limit='1GB'; SET threads=2")
+        db.execute(f"SET temp_directory='{scratch}/spill'")
+        listing = Path(scratch) / "listing.parquet"
+        _write_listing(listing, items)
+        db.execute(
+            "CREATE TABLE listing AS SELECT row_number() OVER () AS ord, * EXCLUDE (shard) FROM read_parquet(?)",
+            [str(listing)],
+        )
+        db.execute(
+            "CREATE TABLE planned (plan BIGINT, ord BIGINT, shard BIGINT, sample_id VARCHAR, uri VARCHAR, "
+            "etag VARCHAR, bytes BIGINT, rows BIGINT, row_start BIGINT, detail VARCHAR)"
+        )
+        for plan, path in _local_copies(root, plans, Path(scratch)):
+            db.execute("INSERT INTO planned SELECT ?, row_number() OVER (), * FROM read_parquet(?)", [plan, str(path)])
+        return _query_changes(root, plans, db, complete)
+
+
+def _write_listing(path: Path, items: Iterable[PlanItem]) -> None:
+    stream = iter(items)
+    with pq.ParquetWriter(path, _ITEMS) as writer:
+        while chunk := list(itertools.islice(stream, 65_536)):
+            writer.write_table(_items_table([(0, i) for i in chunk]))
+
+
+_LIVE = (
+    "CREATE VIEW live AS SELECT p.* FROM planned p JOIN "
+    "(SELECT shard, max(plan) AS plan FROM planned GROUP BY shard) l USING (shard, plan)"
+)
+_TOUCHED = (
+    "CREATE TABLE touched AS SELECT DISTINCT p.shard FROM live p LEFT JOIN listing l USING (uri) "
+    "WHERE l.etag <> p.etag OR (l.uri IS NULL AND ?)"
+)
+_NEW = (
+    "SELECT sample_id, uri, etag, bytes, rows, row_start, detail FROM listing ANTI JOIN live USING (uri) ORDER BY ord"
+)
+_REDO = (
+    "SELECT p.shard, p.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, l.detail "
+    "FROM live p JOIN touched USING (shard) LEFT JOIN listing l USING (uri) ORDER BY p.shard, p.ord"
+)
+
+
+def _query_changes(root: str, plans: Sequence[PlanInfo], db: "duckdb.DuckDBPyConnection", complete: bool) -> _Changes:
+    db.execute(_LIVE)
+    db.execute(_TOUCHED, [complete])
+    new = [PlanItem(*row) for row in db.execute(_NEW).fetchall()]
+    redo = db.execute(_REDO).fetchall()
+    if not redo:
+        return _Changes(new, [])
+    if db.execute("SELECT count(*) > count(DISTINCT uri) FROM listing").fetchall()[0][0]:
+        raise ConfigError(f"the input of {root} has changed under a selection of its rows", "choose a new output")
+    extent = dict(db.execute("SELECT uri, max(row_start) FROM live GROUP BY uri").fetchall())
+    keys = {s.number: s.key for info in plans for s in shards_of(root, "", info)}
+    return _Changes(new, list(_rewrites(redo, keys, extent)))
+
+
+def _local_copies(root: str, plans: Sequence[PlanInfo], scratch: Path) -> list[tuple[int, Path]]:
+    """(plan, local path) of every items file; remote ones are copied."""
+    found = []
+    for info in plans:
+        for part in storage.list_files(service(root, "plans", info.folder), (".parquet",)):
+            name = storage.name_of(part.uri)
+            if not name.startswith("items-"):
+                continue
+            path = Path(part.uri)
+            if not storage.is_local(part.uri):
+                path = scratch / f"{info.plan}-{name}"
+                path.write_bytes(storage.read_bytes(part.uri))
+            found.append((info.plan, path))
+    return found
+
+
+def _rewrites(
+    rows: Sequence[tuple[Any, ...]], keys: dict[int, str], extent: dict[str, int]
+) -> Iterator[tuple[int, str, list[PlanItem]]]:
+    """Shards to redo: vanished items dropped, changed ones with their new tag; row ranges follow the file's new end."""
+    for shard, group in itertools.groupby(rows, key=lambda r: int(r[0])):
+        items = []
+        for _, sample_id, uri, etag, size, rows_now, rows_then, start, detail in group:
+            if etag is None:
+                continue
+            if sample_id:
+                items.append(PlanItem(sample_id, uri, etag, size, 1, 0, detail))
+                continue
+            is_last = start == extent[uri]
+            stop = rows_now if is_last else min(start + rows_then, rows_now)
+            if stop > start:
+                items.append(PlanItem("", uri, etag, size, stop - start, start, detail))
+        yield shard, keys[shard], items

@@ -1,0 +1,258 @@
+"""Versioned Arrow schemas of every table, and how they are laid out in Parquet.
+
+``schema_version`` is ``major.minor`` in the footer. Readers accept their own major version; new columns are
+nullable, appended, and selected by name. Null means "this task was not run"; an empty list "nothing found".
+"""
+
+import pyarrow as pa
+
+from segbatch.errors import SchemaError
+
+SCHEMA_VERSION = "1.0"
+VERSION_KEY = b"segbatch.schema_version"
+TABLE_KEY = b"segbatch.table"
+
+
+def _list_of(*fields: pa.Field) -> pa.DataType:
+    return pa.list_(pa.field("item", pa.struct(fields), nullable=False))
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+RUNS = _list_of(_required("value", pa.uint16()), _required("length", pa.uint32()))
+"""A label map as row-major runs of label ids; the lengths add up to height * width."""
+
+PANOPTIC_RUNS = _list_of(_required("value", pa.uint32()), _required("length", pa.uint32()))
+
+CLASS_PIXELS = _list_of(_required("value", pa.uint16()), _required("pixels", pa.uint64()))
+
+BBOX = pa.list_(pa.field("item", pa.float64(), nullable=False), 4)
+
+_INSTANCE = (
+    _required("id", pa.int64()),
+    _required("category_id", pa.int64()),
+    _required("bbox_xywh", BBOX),
+    _required("area", pa.float64()),
+    _required("iscrowd", pa.bool_()),
+    _required("counts", pa.large_binary()),
+)
+INSTANCES = _list_of(*_INSTANCE)
+SCORED_INSTANCES = _list_of(*_INSTANCE, _required("score", pa.float64()))
+
+SEGMENTS = _list_of(
+    _required("id", pa.int64()),
+    _required("category_id", pa.int64()),
+    _required("area", pa.float64()),
+    _required("bbox_xywh", BBOX),
+    _required("iscrowd", pa.bool_()),
+)
+
+VOLUME = pa.struct(
+    [
+        pa.field("index", pa.int32()),
+        pa.field("slices", pa.int32()),
+        pa.field("spacing_mm", pa.list_(pa.float64(), 3)),
+        pa.field("affine", pa.list_(pa.float64(), 16)),
+        pa.field("slope", pa.float64()),
+        pa.field("intercept", pa.float64()),
+        pa.field("dtype", pa.string()),
+        pa.field("header", pa.large_binary()),
+    ]
+)
+
+ISSUES = _list_of(
+    _required("code", pa.string()), _required("message", pa.string()), pa.field("annotation_id", pa.int64())
+)
+
+SAMPLES = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        pa.field("group_id", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("image", pa.large_binary()),
+        pa.field("image_format", pa.string()),
+        _required("image_uri", pa.string()),
+        _required("etag", pa.string()),
+        pa.field("bytes", pa.int64()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("channels", pa.int32()),
+        pa.field("exif_orientation", pa.int32()),
+        pa.field("semantic", RUNS),
+        pa.field("class_pixels", CLASS_PIXELS),
+        pa.field("instances", INSTANCES),
+        pa.field("panoptic", PANOPTIC_RUNS),
+        pa.field("segments", SEGMENTS),
+        pa.field("volume", VOLUME),
+        pa.field("attributes", pa.string()),
+        _required("status", pa.string()),
+        pa.field("issues", ISSUES),
+    ]
+)
+
+MASKS = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        pa.field("group_id", pa.string()),
+        _required("image_uri", pa.string()),
+        _required("etag", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        _required("status", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("semantic", RUNS),
+        pa.field("class_pixels", CLASS_PIXELS),
+        pa.field("instances", SCORED_INSTANCES),
+        pa.field("panoptic", PANOPTIC_RUNS),
+        pa.field("segments", SEGMENTS),
+        pa.field(
+            "confidence",
+            pa.struct(
+                [pa.field("height", pa.int32()), pa.field("width", pa.int32()), pa.field("png", pa.large_binary())]
+            ),
+        ),
+        pa.field("class_confidence", _list_of(_required("value", pa.uint16()), _required("mean", pa.float64()))),
+        _required("model_digest", pa.string()),
+        pa.field("seconds_decode", pa.float64()),
+        pa.field("seconds_model", pa.float64()),
+        pa.field("seconds_encode", pa.float64()),
+    ]
+)
+
+STATE = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        pa.field("group_id", pa.string()),
+        pa.field("split", pa.string()),
+        _required("image_uri", pa.string()),
+        pa.field("attributes", pa.string()),
+        _required("status", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field(
+            "joint",
+            _list_of(
+                _required("truth", pa.uint16()), _required("predicted", pa.uint16()), _required("pixels", pa.uint64())
+            ),
+        ),
+    ]
+)
+"""Evaluation state, one row per image: the sparse joint histogram of ground truth and prediction."""
+
+SUMMARY = pa.schema(
+    [
+        _required("metric", pa.string()),
+        _required("protocol", pa.string()),
+        pa.field("dataset", pa.string()),
+        pa.field("split", pa.string()),
+        _required("slice", pa.string()),
+        _required("class", pa.string()),
+        pa.field("value", pa.float64()),
+        pa.field("ci_low", pa.float64()),
+        pa.field("ci_high", pa.float64()),
+        pa.field("support", pa.int64()),
+    ]
+)
+
+IMAGES = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        pa.field("group_id", pa.string()),
+        pa.field("split", pa.string()),
+        _required("image_uri", pa.string()),
+        pa.field("attributes", pa.string()),
+        _required("status", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field(
+            "classes",
+            _list_of(
+                _required("class", pa.string()),
+                _required("label_id", pa.int32()),
+                _required("tp", pa.uint64()),
+                _required("fp", pa.uint64()),
+                _required("fn", pa.uint64()),
+                pa.field("iou", pa.float64()),
+            ),
+        ),
+    ]
+)
+"""One row per image: its own score (null where undefined) and the counts of every class it shows or predicts."""
+
+CONFUSION = pa.schema(
+    [
+        _required("truth", pa.string()),
+        _required("predicted", pa.string()),
+        _required("truth_id", pa.int32()),
+        _required("predicted_id", pa.int32()),
+        _required("pixels", pa.uint64()),
+    ]
+)
+
+TABLES: dict[str, pa.Schema] = {
+    "samples": SAMPLES,
+    "masks": MASKS,
+    "state": STATE,
+    "summary": SUMMARY,
+    "images": IMAGES,
+    "confusion": CONFUSION,
+}
+
+ROW_GROUP_ROWS = 100
+ROW_GROUP_BYTES = 64 << 20
+
+
+def stamped(table: str) -> pa.Schema:
+    """The schema of ``table`` with its name and version in the footer metadata."""
+    return TABLES[table].with_metadata({TABLE_KEY: table.encode(), VERSION_KEY: SCHEMA_VERSION.encode()})
+
+
+def check_version(table: str, schema: pa.Schema, uri: str) -> None:
+    """Refuse a file that is not ``table`` or has another major version.
+
+    Raises:
+        SchemaError: with the file, what it is and what was expected.
+    """
+    metadata = schema.metadata or {}
+    found = metadata.get(TABLE_KEY, b"").decode()
+    version = metadata.get(VERSION_KEY, b"").decode()
+    if found != table:
+        raise SchemaError(
+            f"{uri} holds {found or 'no segbatch table'}, not {table}", "check the order of the arguments"
+        )
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise SchemaError(
+            f"{uri} has {table} schema version {version}, this segbatch reads {SCHEMA_VERSION.split('.')[0]}.x",
+            "use the segbatch version that wrote it, or write it anew",
+        )
+
+
+def parquet_options(table: str) -> dict[str, object]:
+    """Arguments for ``pyarrow.parquet.ParquetWriter``: zstd-3, byte-stream-split runs, raw image bytes.
+
+    Measured on CamVid: 3.9 kB a label map where PNG takes 6.0.
+    """
+    leaves = _leaf_paths(TABLES[table])
+    splittable = {pa.uint16(), pa.uint32(), pa.uint64(), pa.float64(), pa.int64()}
+    uncompressed = {"image", "confidence.png"}
+    split = [p for p, t in leaves if ".list." in p and t in splittable and "label_id" not in p]
+    return {
+        "compression": {p: "none" if p in uncompressed else "zstd" for p, _ in leaves},
+        "compression_level": {p: 3 for p, _ in leaves if p not in uncompressed},
+        "use_dictionary": [p for p, t in leaves if pa.types.is_string(t)],
+        "column_encoding": {p: "BYTE_STREAM_SPLIT" for p in split},
+    }
+
+
+def _leaf_paths(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    """Parquet's dotted column paths of every leaf, with the Arrow type."""
+
+    def walk(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
+        if pa.types.is_struct(kind):
+            return [leaf for f in kind for leaf in walk(f"{path}.{f.name}", f.type)]
+        if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+            return walk(f"{path}.list.{kind.value_field.name}", kind.value_type)
+        return [(path, kind)]
+
+    return [leaf for f in schema for leaf in walk(f.name, f.type)]

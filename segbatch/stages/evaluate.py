@@ -1,0 +1,206 @@
+"""Evaluate: masks x samples -> integer counts per image (state) -> figures, images, confusion.
+
+Each masks part is planned as one item, counted in any order on any machine, and merged by ``finish``. No mask is
+decoded: counts come straight from the runs.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from segbatch import runs, schemas, storage, tables
+from segbatch.errors import ConfigError, DataError
+from segbatch.metrics import registry
+from segbatch.metrics.base import Metric, Row
+from segbatch.records import OK, Outcome, PlanItem, ShardRef
+from segbatch.stages import evaluate_join as join
+from segbatch.stages.evaluate_finish import Summary, finish
+from segbatch.stages.evaluate_join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
+from segbatch.storage import ObjectInfo
+
+__all__ = ["EvaluateTask", "EvaluateWorker", "Summary", "finish", "items"]
+
+_TRUTH = ("sample_id", "group_id", "split", "image_uri", "attributes", "status", "height", "width")
+_PREDICTION = ("sample_id", "group_id", "image_uri", "status", "error", "height", "width")
+
+
+def items(masks: str, samples: str, protocol: str) -> Iterator[PlanItem]:
+    """One item per masks part: its rows from the Parquet footer.
+
+    The item's tag covers the masks part and the samples table, so that a retry of the masks or a new ingest of the
+    labels makes its state anew.
+
+    Raises:
+        ConfigError: no such table, an unknown protocol or one that does not fit the classes, or masks whose label ids
+            mean other classes than the samples'. Raised at once, not on iteration.
+    """
+    samples_folder, masks_folder = tables.find(samples, "samples"), tables.find(masks, "masks")
+    classes = tables.class_table(tables.root_of(samples, "samples"))
+    registry.make(protocol, classes)
+    _check_same_classes(tables.root_of(masks, "masks"), tables.root_of(samples, "samples"))
+    labels = _digest(tables.parts(samples_folder))
+    return _items(tables.parts(masks_folder), labels)
+
+
+def _items(parts: Sequence[ObjectInfo], labels: str) -> Iterator[PlanItem]:
+    with ThreadPoolExecutor(8) as pool:
+        rows = pool.map(lambda p: tables.count_rows(p.uri, "masks"), parts)
+        for part, count in zip(parts, rows, strict=True):
+            yield PlanItem("", part.uri, f"{part.etag}+{labels}", part.size, rows=count)
+
+
+def _digest(parts: Sequence[ObjectInfo]) -> str:
+    text = "\n".join(f"{storage.name_of(p.uri)} {p.etag}" for p in parts)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _check_same_classes(masks_root: str, samples_root: str) -> None:
+    """Refuse masks whose label ids are another dataset's. Roots without a class table of their own pass."""
+    if not storage.exists(tables.service(masks_root, "dataset.json")):
+        return
+    truth = {c.label_id: c.name for c in tables.class_table(samples_root).scored}
+    for c in tables.class_table(masks_root).scored:
+        wanted = truth.get(c.label_id, c.name)
+        if wanted.casefold() != c.name.casefold():
+            raise ConfigError(
+                f"label {c.label_id} is {c.name!r} in the masks and {wanted!r} in the samples",
+                "predict with --classes so that the masks carry the dataset's label ids",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateTask:
+    """Picklable recipe: compare masks with samples by a protocol."""
+
+    masks_root: str
+    samples_root: str
+    protocol: str
+
+    def open(self, threads: int, journal: runs.Journal) -> "EvaluateWorker":
+        """See ``runs.Task``; counting is bound by reading, so ``threads`` is not needed.
+
+        Raises:
+            ConfigError: no samples table, no class table, or a protocol that does not fit.
+        """
+        return EvaluateWorker(self, journal)
+
+
+class EvaluateWorker:
+    """See ``runs.Worker``. Holds the metric and, once a join was needed, the index of the samples."""
+
+    def __init__(self, task: EvaluateTask, journal: runs.Journal) -> None:
+        self._samples = tables.parts(tables.find(task.samples_root, "samples"))
+        classes = tables.class_table(tables.root_of(task.samples_root, "samples"))
+        self._metric: Metric[Any] = registry.make(task.protocol, classes)
+        self._truth_columns = (*_TRUTH, *self._metric.truth_columns)
+        self._prediction_columns = (*_PREDICTION, *self._metric.prediction_columns)
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._rows_done = 0
+        self._index: join.SampleIndex | None = None
+
+    @property
+    def rows_done(self) -> int:
+        """Rows counted so far."""
+        return self._rows_done
+
+    def close(self) -> None:
+        """Forget the index."""
+        self._index = None
+
+    def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
+        """State rows of every mask in the shard's parts, in their order; then commit."""
+        began = time.perf_counter()
+        slot = f"evaluate-{threading.get_ident()}"
+        writer = tables.PartWriter("state")
+        for item in runs.items_of(shard):
+            for masks, truth in self._matched(item):
+                self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
+                writer.write(self._state(masks, truth, skip))
+                with self._lock:
+                    self._rows_done += masks.num_rows
+        self._journal.clear(slot)
+        return runs.commit(shard, writer, {"total": time.perf_counter() - began})
+
+    def probe(self, shard: ShardRef, sample_id: str) -> None:
+        """Count one sample of the shard, and write nothing."""
+        for item in runs.items_of(shard):
+            for masks, truth in self._matched(item):
+                for i, found in enumerate(masks.column("sample_id").to_pylist()):
+                    if found == sample_id:
+                        self._state(masks.slice(i, 1), truth[i : i + 1], {})
+
+    def _matched(self, item: PlanItem) -> Iterator[tuple[pa.RecordBatch, Sequence[Row | None]]]:
+        """Batches of masks, each row with its sample; None where the table lacks it."""
+        stop = item.row_start + item.rows
+        masks = tables.batches(item.uri, "masks", self._prediction_columns, item.row_start, stop)
+        ranges = join.source_ranges(item.uri, self._samples, item.row_start)
+        if ranges is not None:
+            rows = join.walk(ranges, self._truth_columns)
+            for batch in masks:
+                together = join.zipped(batch, rows)
+                if together is None:  # the samples were written again in another order
+                    yield batch, self._joined(batch)
+                    break
+                yield batch, together
+        for block in join.blocks(masks):
+            yield block, self._joined(block)
+
+    def _joined(self, masks: pa.RecordBatch) -> list[Row | None]:
+        with self._lock:
+            if self._index is None:
+                self._index = join.SampleIndex(self._samples)
+            index = self._index
+        positions = index.positions(masks.column("sample_id").to_pylist())
+        found = index.rows(positions, self._truth_columns)
+        return [found.get(int(p)) for p in positions]
+
+    def _state(self, masks: pa.RecordBatch, truth: Sequence[Row | None], skip: Mapping[str, str]) -> pa.RecordBatch:
+        """State rows of a batch of masks."""
+        counted = [self._count(Row(masks, i), row, skip) for i, row in enumerate(truth)]
+        kept = self._metric.columns([state for _, _, state in counted])
+        known = {
+            name: [row.text(name) if row else None for row in truth] for name in ("group_id", "split", "attributes")
+        }
+        photos = [row.text("image_uri") if row else None for row in truth]
+        columns: dict[str, Any] = {
+            **known,
+            "sample_id": masks.column("sample_id"),
+            "image_uri": [p or m for p, m in zip(photos, masks.column("image_uri").to_pylist(), strict=True)],
+            "status": [status for status, _, _ in counted],
+            "error": [error for _, error, _ in counted],
+            **kept,
+        }
+        arrays = [
+            columns[f.name]
+            if isinstance(columns.get(f.name), pa.Array)
+            else pa.array(columns.get(f.name, [None] * masks.num_rows), f.type)
+            for f in schemas.STATE
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=schemas.STATE)
+
+    def _count(self, predicted: Row, truth: Row | None, skip: Mapping[str, str]) -> tuple[str, str | None, Any]:
+        """(status, error, state) of one image."""
+        name = predicted.text("sample_id") or ""
+        if name in skip:
+            return QUARANTINED, skip[name], None
+        if truth is None:
+            return UNKNOWN_SAMPLE, "the samples table has no such sample", None
+        if truth.text("status") != OK:
+            return NO_LABEL, f"sample is {truth.text('status')}", None
+        if not truth.column(self._metric.task_column)[truth.index].is_valid:
+            return NO_LABEL, f"sample has no {self._metric.task_column} label", None
+        if predicted.text("status") != OK:
+            return PREDICTION_FAILED, f"{predicted.text('status')}: {predicted.text('error') or ''}".rstrip(": "), None
+        if not predicted.column(self._metric.task_column)[predicted.index].is_valid:
+            return PREDICTION_FAILED, f"the masks have no {self._metric.task_column} prediction", None
+        try:
+            return OK, None, self._metric.update(truth, predicted)
+        except DataError as error:
+            return error.code, str(error), None

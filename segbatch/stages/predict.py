@@ -1,0 +1,350 @@
+"""Predict: one shard of photos through a model into one masks Parquet file.
+
+Three stages overlap inside a worker: decoding threads, the model (one thread at a time, also over shards), encoding
+threads. Windows are bounded, so memory is flat whatever the size of the shard.
+"""
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from segbatch import schemas, storage, tables
+from segbatch.codecs import photo, runlength
+from segbatch.codecs.columns import class_pixels_array, runs_array
+from segbatch.codecs.runlength import Runs
+from segbatch.errors import DataError
+from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
+from segbatch.models.registry import ModelSource
+from segbatch.records import OK, Outcome, PlanItem, ShardRef
+from segbatch.runs import Journal, commit, items_of
+
+_ROWS_PER_BATCH = 64
+_SAMPLE_COLUMNS = ["sample_id", "group_id", "image", "image_uri", "etag", "status"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Photo:
+    """One input: its bytes, or (None) where to read them; ``status`` not ok means that ingest rejected it."""
+
+    sample_id: str
+    group_id: str | None
+    uri: str
+    etag: str
+    data: bytes | None = None
+    status: str = OK
+
+
+@dataclass(slots=True)
+class _Row:
+    """One output row in the making; ``prepared`` is dropped as soon as the model has seen it."""
+
+    photo: _Photo
+    status: str = OK
+    error: str | None = None
+    height: int | None = None
+    width: int | None = None
+    orientation: int = 1
+    prepared: Prepared | None = None
+    raw: Raw | None = None
+    runs: Runs | None = None
+    confidence: Mapping[int, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def fail(self, status: str, error: str) -> None:
+        """Turn into a bad row."""
+        self.status, self.error = status, error
+        self.prepared = self.raw = self.runs = None
+
+
+@dataclass(frozen=True, slots=True)
+class PredictTask:
+    """Recipe of a ``PredictWorker``.
+
+    Attributes:
+        model: where the model comes from.
+        batch_size: photos per call of the model; 0 picks it.
+        max_pixels: larger photos are rejected before decoding.
+    """
+
+    model: ModelSource
+    batch_size: int
+    max_pixels: int
+
+    def open(self, threads: int, journal: Journal) -> "PredictWorker":
+        """Load the model."""
+        return PredictWorker(self, threads, journal)
+
+
+class PredictWorker:
+    """Holds the model and the threads; see ``runs.Worker``."""
+
+    def __init__(self, task: PredictTask, threads: int, journal: Journal) -> None:
+        segmenter = task.model.load(threads)
+        self._batch = task.batch_size or auto_batch_size(segmenter.spec, threads)
+        self._predictor = Predictor(segmenter, self._batch)
+        self._digest = segmenter.spec.digest
+        self._max_pixels = task.max_pixels
+        self._journal = journal
+        self._model_lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
+        self._window = max(threads, 1) + 1
+        self._rows_done = 0
+        self._count_lock = threading.Lock()
+
+    @property
+    def rows_done(self) -> int:
+        """Rows finished so far."""
+        return self._rows_done
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
+        """Predict a shard; see ``runs.Worker.run``."""
+        started = time.perf_counter()
+        seconds: Counter[str] = Counter()
+        writer = tables.PartWriter("masks")
+        items = items_of(shard)
+        if shard.mode == "retry":
+            self._redo(shard, items, writer, skip, seconds)
+        else:
+            for batch in self._batches(shard.number, _photos(items), skip, seconds):
+                writer.write(batch)
+        seconds["total"] = time.perf_counter() - started
+        return commit(shard, writer, seconds, {"segbatch.source": _source_of(items)})
+
+    def probe(self, shard: ShardRef, sample_id: str) -> None:
+        """Decode, predict and encode one sample, without writing."""
+        wanted = (p for p in _photos(items_of(shard)) if p.sample_id == sample_id)
+        for _ in self._batches(shard.number, wanted, {}, Counter()):
+            continue
+
+    # -- the pipeline ------------------------------------------------------------------------------------------
+
+    def _batches(
+        self, shard: int, photos: Iterable[_Photo], skip: Mapping[str, str], seconds: Counter[str]
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of ``photos`` in order, as record batches; adds up wall time by stage."""
+        pending: list[_Row] = []
+        for row in self._rows(shard, photos, skip):
+            seconds.update(row.seconds)
+            pending.append(row)
+            if len(pending) >= _ROWS_PER_BATCH:
+                yield masks_batch(pending, self._digest)
+                pending = []
+        if pending:
+            yield masks_batch(pending, self._digest)
+
+    def _rows(self, shard: int, photos: Iterable[_Photo], skip: Mapping[str, str]) -> Iterator[_Row]:
+        decoding: deque[Future[list[_Row]]] = deque()
+        encoding: deque[Future[list[_Row]]] = deque()
+        for chunk in _chunks(photos, self._batch):
+            decoding.append(self._pool.submit(self._decode, shard, chunk, skip))
+            if len(decoding) > self._window:
+                encoding.append(self._forward(shard, decoding.popleft().result()))
+            while len(encoding) > self._window:
+                yield from self._finished(encoding.popleft())
+        while decoding:
+            encoding.append(self._forward(shard, decoding.popleft().result()))
+        while encoding:
+            yield from self._finished(encoding.popleft())
+
+    def _finished(self, future: Future[list[_Row]]) -> list[_Row]:
+        rows = future.result()
+        with self._count_lock:
+            self._rows_done += len(rows)
+        return rows
+
+    def _decode(self, shard: int, photos: Sequence[_Photo], skip: Mapping[str, str]) -> list[_Row]:
+        """Read, decode and prepare, in a codec thread."""
+        slot = threading.current_thread().name
+        self._journal.note(slot, shard, [p.sample_id for p in photos if p.sample_id not in skip])
+        rows = []
+        for item in photos:
+            row, started = _Row(item), time.perf_counter()
+            if item.sample_id in skip:
+                row.fail("quarantined", skip[item.sample_id])
+            elif item.status != OK:
+                row.fail(item.status, "rejected at ingest; see the sample's issues")
+            else:
+                self._decode_one(row)
+            row.seconds["decode"] = time.perf_counter() - started
+            rows.append(row)
+        self._journal.clear(slot)
+        return rows
+
+    def _decode_one(self, row: _Row) -> None:
+        try:
+            data = row.photo.data if row.photo.data is not None else storage.read_bytes(row.photo.uri)
+            rgb, info = photo.decode(data, row.photo.uri, self._max_pixels)
+            row.height, row.width, row.orientation = info.height, info.width, info.exif_orientation
+            row.prepared = self._predictor.prepare(photo.upright(rgb, info.exif_orientation))
+        except DataError as error:
+            row.fail(error.code, str(error))
+        except storage.ObjectMissing:
+            row.fail("missing", f"{row.photo.uri} was listed but is not there any more")
+
+    def _forward(self, shard: int, rows: list[_Row]) -> Future[list[_Row]]:
+        """Run the model on the good rows, then hand all of them to an encoding thread."""
+        good = [r for r in rows if r.status == OK]
+        with self._model_lock:
+            if good:
+                self._journal.note("model", shard, [r.photo.sample_id for r in good])
+                self._predict(good)
+                self._journal.clear("model")
+        return self._pool.submit(self._encode, shard, rows)
+
+    def _predict(self, rows: list[_Row]) -> None:
+        """One call of the model; a failing batch is split until the culprit is alone (out of memory: halved)."""
+        started = time.perf_counter()
+        try:
+            raws = self._predictor.forward([r.prepared for r in rows if r.prepared is not None])
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if "CUDA error" in str(error):
+                os._exit(70)  # the context is lost: only a new process helps, and it is no row's fault
+            if len(rows) == 1:
+                rows[0].fail(
+                    "model-error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
+                return
+            half = len(rows) // 2
+            self._predict(rows[:half])
+            self._predict(rows[half:])
+            return
+        share = (time.perf_counter() - started) / len(rows)
+        for row, raw in zip(rows, raws, strict=True):
+            row.raw, row.prepared, row.seconds["model"] = raw, None, share
+
+    def _encode(self, shard: int, rows: list[_Row]) -> list[_Row]:
+        """Label maps on the stored grid, as runs, in a codec thread."""
+        slot = threading.current_thread().name
+        self._journal.note(slot, shard, [r.photo.sample_id for r in rows if r.raw is not None])
+        for row in rows:
+            if row.raw is None:
+                continue
+            started = time.perf_counter()
+            try:
+                labels, row.confidence = self._predictor.finish(row.raw)
+                row.runs = runlength.encode(_stored(labels, row))
+            except DataError as error:
+                row.fail(error.code, str(error))
+            row.raw = None
+            row.seconds["encode"] = time.perf_counter() - started
+        self._journal.clear(slot)
+        return rows
+
+    # -- retry -------------------------------------------------------------------------------------------------
+
+    def _redo(
+        self,
+        shard: ShardRef,
+        items: Sequence[PlanItem],
+        writer: tables.PartWriter,
+        skip: Mapping[str, str],
+        seconds: Counter[str],
+    ) -> None:
+        """Predict the rows whose status is an error anew and copy the others."""
+        status = [s for b in tables.batches(shard.uri, "masks", ["status"]) for s in b.column(0).to_pylist()]
+        bad = [s != OK for s in status]
+        photos = (p for p, redo in zip(_photos(items), bad, strict=True) if redo)
+        redone = pa.Table.from_batches(list(self._batches(shard.number, photos, skip, seconds)), schemas.MASKS)
+        position, taken = 0, 0
+        for batch in tables.batches(shard.uri, "masks"):
+            here = bad[position : position + batch.num_rows]
+            position += batch.num_rows
+            if any(here):
+                batch = _merge(batch, here, redone.slice(taken, sum(here)))
+                taken += sum(here)
+            writer.write(batch)
+
+
+def _merge(old: pa.RecordBatch, bad: Sequence[bool], redone: pa.Table) -> pa.RecordBatch:
+    """``old`` with its bad rows replaced by ``redone``, in place."""
+    fresh = iter(range(old.num_rows, old.num_rows + redone.num_rows))
+    order = [next(fresh) if b else i for i, b in enumerate(bad)]
+    both = pa.concat_tables([pa.Table.from_batches([old]).cast(schemas.MASKS), redone])
+    return both.take(pa.array(order)).combine_chunks().to_batches()[0]
+
+
+def _stored(labels: NDArray[np.uint16], row: _Row) -> NDArray[np.uint16]:
+    """The label map turned back onto the photo's stored grid, and checked against it."""
+    turned = photo.stored(labels, row.orientation)
+    if turned.shape != (row.height, row.width):
+        raise DataError(
+            f"the model's mask is {turned.shape[1]}x{turned.shape[0]}, the photo {row.width}x{row.height}",
+            "mend the model's post-processing",
+            "size-mismatch",
+            row.photo.uri,
+        )
+    return turned
+
+
+def _photos(items: Sequence[PlanItem]) -> Iterator[_Photo]:
+    """The inputs of a shard in order; a samples table is streamed."""
+    for item in items:
+        if item.sample_id:
+            yield _Photo(item.sample_id, None, item.uri, item.etag)
+            continue
+        rows = (item.row_start, item.row_start + item.rows)
+        for batch in tables.batches(item.uri, "samples", _SAMPLE_COLUMNS, *rows):
+            for row in batch.to_pylist():
+                yield _Photo(
+                    row["sample_id"], row["group_id"], row["image_uri"], row["etag"], row["image"], row["status"]
+                )
+
+
+def _chunks(photos: Iterable[_Photo], size: int) -> Iterator[list[_Photo]]:
+    chunk: list[_Photo] = []
+    for item in photos:
+        chunk.append(item)
+        if len(chunk) >= size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _source_of(items: Sequence[PlanItem]) -> str:
+    """Footer entry by which evaluation zips masks and samples: the ranges of samples rows, as JSON."""
+    import json
+
+    return json.dumps([{"uri": i.uri, "row_start": i.row_start, "rows": i.rows} for i in items if not i.sample_id])
+
+
+def masks_batch(rows: Sequence[_Row], digest: str) -> pa.RecordBatch:
+    """Rows as a record batch of ``schemas.MASKS``."""
+    columns: dict[str, Any] = {
+        "sample_id": [r.photo.sample_id for r in rows],
+        "group_id": [r.photo.group_id for r in rows],
+        "image_uri": [r.photo.uri for r in rows],
+        "etag": [r.photo.etag for r in rows],
+        "height": [r.height for r in rows],
+        "width": [r.width for r in rows],
+        "status": [r.status for r in rows],
+        "error": [r.error for r in rows],
+        "semantic": runs_array([r.runs for r in rows]),
+        "class_pixels": class_pixels_array([r.runs for r in rows]),
+        "class_confidence": [_confidence(r.confidence) for r in rows],
+        "model_digest": [digest] * len(rows),
+        **{f"seconds_{s}": [r.seconds.get(s) for r in rows] for s in ("decode", "model", "encode")},
+    }
+    arrays = [
+        c if isinstance(c, pa.Array) else pa.array(c if c is not None else [None] * len(rows), f.type)
+        for f in schemas.MASKS
+        for c in [columns.get(f.name)]
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schemas.MASKS)
+
+
+def _confidence(means: Mapping[int, float] | None) -> list[dict[str, float]] | None:
+    return None if means is None else [{"value": k, "mean": v} for k, v in sorted(means.items())]

@@ -1,0 +1,231 @@
+"""Parquet tables in a run root: ``ROOT/<table>/part-*.parquet``, service files in ``ROOT/.segbatch/``."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from segbatch import schemas, storage
+from segbatch.errors import ConfigError, ObjectMissing, SchemaError
+from segbatch.records import OK, ClassTable
+from segbatch.storage import ObjectInfo
+
+SERVICE = ".segbatch"
+PREFIX = "part-"
+SUFFIX = ".parquet"
+
+
+def service(root: str, *parts: str) -> str:
+    """URI of a service file of a run root."""
+    return storage.join(root, SERVICE, *parts)
+
+
+def find(root_or_folder: str, table: str) -> str:
+    """URI of the folder that holds ``table``, given the run root or that folder itself.
+
+    Raises:
+        ConfigError: there is no such table.
+    """
+    root = storage.resolve(root_or_folder)
+    if storage.name_of(root) == table and not storage.is_folder(storage.join(root, table)):
+        folder = root
+    else:
+        folder = storage.join(root, table)
+    if not storage.is_folder(folder):
+        raise ConfigError(f"{root_or_folder} has no {table} table", f"expected {table}/part-*.parquet there")
+    return folder
+
+
+def has(root_or_folder: str, table: str) -> bool:
+    """Whether ``find`` would find the table."""
+    try:
+        find(root_or_folder, table)
+    except ConfigError:
+        return False
+    return True
+
+
+def root_of(root_or_folder: str, table: str) -> str:
+    """URI of the run root that ``table`` lies in."""
+    return find(root_or_folder, table).rsplit("/", 1)[0]
+
+
+def parts(folder: str) -> list[ObjectInfo]:
+    """The part files of a table folder, by name."""
+    found = storage.list_files(folder, (SUFFIX,), recursive=False)
+    return sorted((p for p in found if storage.name_of(p.uri).startswith(PREFIX)), key=lambda p: p.uri)
+
+
+def open_part(uri: str, table: str) -> pq.ParquetFile:
+    """Open a part file and check what it is; the caller closes it.
+
+    Raises:
+        SchemaError: not Parquet, another table, or another major version.
+    """
+    source = storage.open_input(uri)
+    try:
+        file = pq.ParquetFile(source)
+    except pa.ArrowInvalid as error:
+        source.close()
+        raise SchemaError(
+            f"{uri} is not a readable Parquet file: {error}", "delete it and run the command that wrote it again"
+        ) from error
+    schemas.check_version(table, file.schema_arrow, uri)
+    return file
+
+
+def batches(
+    uri: str,
+    table: str,
+    columns: Sequence[str] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    batch_rows: int = 64,
+) -> Iterator[pa.RecordBatch]:
+    """Rows ``[start, stop)`` of one part, by row group and then at most ``batch_rows`` at a time.
+
+    Raises:
+        SchemaError: see ``open_part``.
+    """
+    with open_part(uri, table) as file:
+        stop = file.metadata.num_rows if stop is None else stop
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            low, high = max(start - first, 0), min(stop - first, rows)
+            first += rows
+            if low >= high:
+                continue
+            yield from _slices(file, group, columns, (low, high), batch_rows)
+
+
+def _slices(
+    file: pq.ParquetFile, group: int, columns: Sequence[str] | None, bounds: tuple[int, int], batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Rows ``bounds`` of one row group."""
+    low, high = bounds
+    position = 0
+    names = list(columns) if columns is not None else None
+    for batch in file.iter_batches(batch_rows, row_groups=[group], columns=names, use_threads=False):
+        left, right = max(low - position, 0), min(high - position, batch.num_rows)
+        position += batch.num_rows
+        if left < right:
+            yield batch.slice(left, right - left)
+        if position >= high:
+            return
+
+
+def scan(root_or_folder: str, table: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """All rows of a table in part order, as a stream."""
+    for part in parts(find(root_or_folder, table)):
+        yield from batches(part.uri, table, columns)
+
+
+def count_rows(uri: str, table: str) -> int:
+    """Rows of a part file, from its footer."""
+    with open_part(uri, table) as file:
+        return int(file.metadata.num_rows)
+
+
+def footer(uri: str) -> dict[str, str]:
+    """The key-value metadata of a part file's footer.
+
+    Raises:
+        ObjectMissing: the file is not there.
+    """
+    with storage.open_input(uri) as source:
+        metadata = pq.read_metadata(source).metadata or {}
+    return {k.decode(): v.decode() for k, v in metadata.items() if k != b"ARROW:schema"}
+
+
+def write_dataset_info(root: str, info: dict[str, Any]) -> None:
+    """Write ``.segbatch/dataset.json``: name, source, splits, class table."""
+    storage.replace(service(root, "dataset.json"), json.dumps(info, indent=1, ensure_ascii=False).encode())
+
+
+def dataset_info(root: str) -> dict[str, Any]:
+    """Read ``.segbatch/dataset.json``.
+
+    Raises:
+        ConfigError: the root has none.
+    """
+    try:
+        info: dict[str, Any] = json.loads(storage.read_bytes(service(root, "dataset.json")))
+    except ObjectMissing as error:
+        raise ConfigError(
+            f"{root} has no {SERVICE}/dataset.json with its classes", "ingest the dataset first"
+        ) from error
+    return info
+
+
+def class_table(root: str) -> ClassTable:
+    """The class table of a run root."""
+    return ClassTable.from_json(dataset_info(root).get("classes", []))
+
+
+class PartWriter:
+    """Puts one part file together, in memory, with the table's schema, encodings and bounded row groups."""
+
+    def __init__(self, table: str) -> None:
+        self.table = table
+        self.rows = 0
+        self.bad = 0
+        self.reasons: Counter[str] = Counter()
+        self._buffer = storage.buffer()
+        self._schema = schemas.stamped(table)
+        self._has_status = "status" in self._schema.names
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_rows = 0
+        self._pending_bytes = 0
+        options: dict[str, Any] = schemas.parquet_options(table)
+        self._writer = pq.ParquetWriter(self._buffer, self._schema, **options)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append rows; columns are taken by name and must have the table's types."""
+        if batch.schema.names != self._schema.names:
+            raise SchemaError(f"{self.table}: columns {batch.schema.names} instead of {self._schema.names}")
+        self.rows += batch.num_rows
+        if self._has_status:
+            self._count(batch.column("status"))
+        self._pending.append(batch)
+        self._pending_rows += batch.num_rows
+        self._pending_bytes += batch.nbytes
+        if self._pending_rows >= schemas.ROW_GROUP_ROWS or self._pending_bytes >= schemas.ROW_GROUP_BYTES:
+            self._flush()
+
+    def _count(self, status: pa.Array) -> None:
+        for entry in pc.value_counts(status).to_pylist():
+            if entry["values"] != OK:
+                self.bad += entry["counts"]
+                self.reasons[entry["values"]] += entry["counts"]
+
+    def _flush(self) -> None:
+        if self._pending:
+            table = pa.Table.from_batches([b.cast(self._schema) for b in self._pending], self._schema)
+            self._writer.write_table(table, row_group_size=schemas.ROW_GROUP_ROWS)
+        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+
+    def finish(self, footer: dict[str, str]) -> bytes:
+        """Close the file with ``footer`` as key-value metadata and return its bytes."""
+        self._flush()
+        self._writer.add_key_value_metadata(footer)
+        self._writer.close()
+        return self._buffer.getvalue()
+
+
+def write_table(root: str, table: str, data: pa.Table) -> str:
+    """Write a whole small table as its only part; returns its URI. Readers see the old table or the new one."""
+    folder = storage.join(root, table)
+    uri = storage.join(folder, f"{PREFIX}{0:08d}-{'0' * 12}{SUFFIX}")
+    writer = PartWriter(table)
+    for batch in data.cast(schemas.TABLES[table]).to_batches(max_chunksize=schemas.ROW_GROUP_ROWS):
+        writer.write(batch)
+    storage.replace(uri, writer.finish({}))
+    for part in parts(folder):
+        if part.uri != uri:
+            storage.delete(part.uri)
+    return uri
