@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from segbatch.version import __version__
 
 if TYPE_CHECKING:
-    from segbatch.api import evaluate, ingest, predict, query, report, retry, run_pipeline, status, train
+    from segbatch.api import evaluate, ingest, predict, query, report, retry, status, train
+    from segbatch.pipeline import run_pipeline
 
 __all__ = [
     "__version__",
@@ -26,7 +27,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from segbatch import api
+        from segbatch import api, pipeline
 
-        return getattr(api, name)
+        return getattr(pipeline if name == "run_pipeline" else api, name)
     raise AttributeError(f"module 'segbatch' has no attribute {name!r}")

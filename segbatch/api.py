@@ -215,7 +215,10 @@ def query(out: str, sql: str) -> "Any":
             db.register(table, ds.dataset(paths, schema=schemas.TABLES[table], filesystem=filesystem, format="parquet"))
         db.execute("SET lock_configuration=true")
         try:
-            return db.execute(sql).to_arrow_table()
+            found_rows = db.sql(sql)
+            if found_rows is None:
+                raise ConfigError("SQL: the statement gives no rows", "write a SELECT")
+            return found_rows.to_arrow_table()
         except duckdb.Error as error:
             raise ConfigError(f"SQL: {str(error).splitlines()[0]}", f"tables: {', '.join(found)}") from error
 
@@ -251,14 +254,26 @@ def preview_predict(
 
 def catalogue(family: Literal["models", "datasets", "metrics"]) -> list[dict[str, str]]:
     """Name and one-line summary of every registered model, dataset or metric."""
-    import inspect
-
     from segbatch.datasets import registry as datasets
     from segbatch.metrics import registry as metrics
+    from segbatch.models import architectures
     from segbatch.models import registry as models
 
-    found = {"models": models.catalogue, "datasets": datasets.catalogue, "metrics": metrics.catalogue}[family]()
-    return [{"name": n, "summary": (inspect.getdoc(o) or "").split("\n\n")[0].replace("\n", " ")} for n, o in found]
+    if family == "datasets":
+        found = {n: _first_line(datasets.dataset(n)) for n in datasets.names()}
+    elif family == "metrics":
+        found = {n: _first_line(metrics.metric(n)) for n in metrics.names()}
+    else:
+        built_in = architectures.architectures()
+        found = {f"{n}@CHECKPOINT": a.summary for n, a in built_in.items()}
+        found |= {f"{n}:REFERENCE": _first_line(loader) for n, loader in models.loaders().items()}
+    return [{"name": n, "summary": text} for n, text in found.items()]
+
+
+def _first_line(thing: object) -> str:
+    import inspect
+
+    return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,9 +204,9 @@ def run(config: str, *, set_: Sets = (), json_: Json = False) -> None:
     Args:
         config: TOML file; see the README.
     """
-    from segbatch import api
+    from segbatch import pipeline
 
-    result = api.run_pipeline(api.load_pipeline(config, set_), _Terminal())
+    result = pipeline.run_pipeline(pipeline.load_pipeline(config, set_), _Terminal())
     if json_:
         _print_json({**_run_json(result.evaluation), "figures": [_figure_json(f) for f in result.evaluation.figures]})
         return
@@ -319,9 +319,9 @@ def demo(out: str = "demo-out") -> None:
     Args:
         out: Folder to write.
     """
-    from segbatch import api
+    from segbatch import pipeline
 
-    result = api.demo(out, _Terminal())
+    result = pipeline.demo(out, _Terminal())
     _show_figures(result.evaluation.figures, classes=False)
     print(
         f"mIoU {result.miou:.3f}; a per-pixel colour classifier reaches {result.baseline_miou:.3f} on the same images"

@@ -68,8 +68,8 @@ class RunResult:
     Attributes:
         state: the whole run root: planned, written, bad.
         rows: rows finished by this call.
-        seconds: wall time of this call's work, start of the engine excluded.
-        start_seconds: wall time of the engine's start.
+        seconds: wall time of this call's work, from the moment that a worker was ready.
+        start_seconds: wall time until a worker was ready: the engine's start and the model's load.
         figures: of an evaluation.
     """
 
@@ -285,14 +285,16 @@ def _work(
     """Map the shards; returns rows done, seconds of work, seconds of the engine's start."""
     kind = config.kind if config.kind != "auto" else _pick_engine(job, todo)
     engine = make(config.model_copy(update={"kind": kind}))
-    began = time.monotonic()
+    counts = _Counts(watch, job.verb, sum(s.rows for s in todo))
     if kind == "ray":
         watch.say("starting Ray ...")
     engine.start()
-    started = time.monotonic()
-    counts = _Counts(watch)
-    control = Control(quarantine=run.quarantine(), on_quarantine=run.add_quarantine, on_rows=counts.partial)
-    watch.begin(job.verb, sum(s.rows for s in todo))
+    control = Control(
+        quarantine=run.quarantine(),
+        on_quarantine=run.add_quarantine,
+        on_ready=counts.ready,
+        on_rows=counts.partial,
+    )
     try:
         with _draining(control.stop, watch):
             for outcome in engine.map(job.task, todo, control):
@@ -302,11 +304,12 @@ def _work(
                     raise BadItemsError(
                         f"{_reasons(outcome.reasons)} in shard {outcome.shard}", "mend it or leave out --fail-fast"
                     )
+            work_s, start_s = counts.times()
     finally:
         watch.end()
         run.flush()
         engine.close()
-    return counts.rows, time.monotonic() - started, started - began
+    return counts.rows, work_s, start_s
 
 
 def _pick_engine(job: Job, todo: Sequence[ShardRef]) -> Literal["ray", "inline"]:
@@ -316,11 +319,24 @@ def _pick_engine(job: Job, todo: Sequence[ShardRef]) -> Literal["ray", "inline"]
 
 
 class _Counts:
-    """Adds up outcomes for the progress bar."""
+    """Adds up outcomes for the progress bar, and takes the time from the moment that a worker is ready."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, watch: Watch, what: str, total: int) -> None:
+        self._watch, self._what, self._total = watch, what, total
+        self._began = time.monotonic()
+        self._ready: float | None = None
         self.rows = self.bad = 0
+
+    def ready(self) -> None:
+        """Work begins."""
+        if self._ready is None:
+            self._ready = time.monotonic()
+            self._watch.begin(self._what, self._total)
+
+    def times(self) -> tuple[float, float]:
+        """Seconds of work, and seconds before it (engine's start, model load)."""
+        ready = self._ready if self._ready is not None else self._began
+        return time.monotonic() - ready, ready - self._began
 
     def add(self, outcome: Outcome) -> None:
         self.rows += outcome.rows

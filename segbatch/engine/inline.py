@@ -30,7 +30,9 @@ class InlineEngine:
             for shard in shards:
                 if control.stop.is_set():
                     raise StoppedError("stopped before the end", "run the same command again to go on")
-                worker = worker or task.open(self._config.threads or os.cpu_count() or 1, NullJournal())
+                if worker is None:
+                    worker = task.open(self._config.threads or os.cpu_count() or 1, NullJournal())
+                    control.on_ready()
                 yield self._run(worker, shard, control)
                 control.on_rows(worker.rows_done)
         finally:

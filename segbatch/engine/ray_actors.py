@@ -299,6 +299,7 @@ class _Driver:
             slot.opening = slot.handle.open.remote(self._task, self._threads)
             return
         slot.opening, slot.ready = None, True
+        self._control.on_ready()
         self._bad_starts = 0
         self._progress_at = time.monotonic()
 

@@ -85,7 +85,7 @@ class Predictor:
         self.spec = spec
         self.batch_size = batch_size
         self._segmenter = segmenter
-        self._normalised = _normalisation(spec.input)
+        self._normalised = normalisation(spec.input)
         self._fill = [round(255 * m) for m in spec.input.mean]
         self._label_ids = np.array(ids, np.uint16) if ids else None
         self._same_ids = ids == list(range(len(ids)))
@@ -95,7 +95,7 @@ class Predictor:
         height, width = rgb_upright.shape[:2]
         spec, image = self.spec.input, rgb_upright
         if spec.resize == "stretch" and spec.height and spec.width:
-            image = _stretched(image, spec.height, spec.width)
+            image = stretched(image, spec.height, spec.width)
         fed_height, fed_width = image.shape[:2]
         down, right = -fed_height % spec.divisor, -fed_width % spec.divisor
         if spec.dtype == "float32":
@@ -191,7 +191,8 @@ class Predictor:
             )
         if self._label_ids is None or self._same_ids:
             return classes.astype(np.uint16, copy=False)
-        return self._label_ids[classes]
+        label_map: NDArray[np.uint16] = self._label_ids[classes]
+        return label_map
 
 
 def _padded(item: Prepared, layout: str) -> tuple[int, int]:
@@ -200,7 +201,8 @@ def _padded(item: Prepared, layout: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _stretched(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def stretched(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Resize (h, w, 3) to (height, width, 3): bilinear, by area averaging when it shrinks by more than two."""
     if image.shape[:2] == (height, width):
         return image
     shrinks = math.sqrt(image.shape[0] * image.shape[1] / (height * width)) > 2
@@ -213,7 +215,7 @@ def _nearest(size: int, step: float, limit: int) -> NDArray[np.intp]:
     return np.minimum(((np.arange(size) + 0.5) * step).astype(np.intp), limit - 1)
 
 
-def _normalisation(spec: InputSpec) -> NDArray[np.float32]:
+def normalisation(spec: InputSpec) -> NDArray[np.float32]:
     """Table (1, 256, 3) of ``(value / 255 - mean) / std``."""
     values = np.arange(256)[None, :, None] / 255
     table: NDArray[np.float32] = ((values - np.array(spec.mean)) / np.array(spec.std)).astype(np.float32)

@@ -38,16 +38,25 @@ def default_protocol(dataset_name: str) -> str:
     return _DEFAULTS.get(dataset_name, SemanticMetric.name)
 
 
+def metric(protocol: str) -> MetricFactory:
+    """What makes the evaluator of a protocol.
+
+    Raises:
+        ConfigError: an unknown protocol; names the known ones and the nearest.
+    """
+    if protocol in METRICS:
+        return METRICS[protocol]
+    for entry in entry_points(group=ENTRY_POINTS, name=protocol):
+        factory: MetricFactory = entry.load()
+        return factory
+    known = names()
+    raise ConfigError(f"unknown protocol {protocol}{nearest(protocol, known)}", f"known: {', '.join(known)}")
+
+
 def make(protocol: str, classes: ClassTable) -> Metric[Any]:
     """The evaluator of a protocol for a class table.
 
     Raises:
         ConfigError: an unknown protocol, or one that does not fit the classes.
     """
-    if protocol in METRICS:
-        return METRICS[protocol](classes)
-    for entry in entry_points(group=ENTRY_POINTS, name=protocol):
-        factory: MetricFactory = entry.load()
-        return factory(classes)
-    known = names()
-    raise ConfigError(f"unknown protocol {protocol}{nearest(protocol, known)}", f"known: {', '.join(known)}")
+    return metric(protocol)(classes)

@@ -47,7 +47,7 @@ class ModelFile(Config):
     architecture: str
     config: dict[str, Any]
     classes: list[dict[str, Any]]
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     weights_digest: str
     licence: str = ""
     source: str = ""

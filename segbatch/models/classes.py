@@ -62,8 +62,8 @@ def class_table(content: ClassesFile, where: str) -> ClassTable:
     for key, values in (("label_ids", ids), ("colors", content.colors)):
         if values and len(values) != len(names):
             raise ConfigError(f"{where}: {len(values)} {key} for {len(names)} classes", "give one for each class")
-    for key, values in (("class", names), ("label id", ids)):
-        doubled = sorted({str(v) for v in values if list(values).count(v) > 1})
+    for key, texts in (("class", list(names)), ("label id", [str(i) for i in ids])):
+        doubled = sorted({t for t in texts if texts.count(t) > 1})
         if doubled:
             raise ConfigError(f"{where}: {key} {', '.join(doubled)} is there more than once")
     if any(not 0 <= i <= 65535 for i in ids):
@@ -73,7 +73,7 @@ def class_table(content: ClassesFile, where: str) -> ClassTable:
 
 
 def read_class_table(uri: str) -> ClassTable:
-    """A class table from a ``.toml`` file (see ``ClassesFile``) or a text file with a name on each line (see ``names_in``).
+    """A class table from a ``.toml`` file (``ClassesFile``) or a text file with a name a line (``names_in``).
 
     Raises:
         ConfigError: no classes, or not such a file.

@@ -276,7 +276,8 @@ class LiteRtSegmenter:
         self._interpreter.invoke()
         out = self._interpreter.get_tensor(self._tensors.output)[0]
         if self._tensors.labels:
-            return out[..., 0] if out.ndim == 3 else out
+            labels: NDArray[Any] = out[..., 0] if out.ndim == 3 else out
+            return labels
         return np.moveaxis(self._logits(out), -1, 0)
 
     def _logits(self, out: NDArray[Any]) -> NDArray[np.float32]:

@@ -81,6 +81,7 @@ class CheckpointSource:
 
 
 def _litert(reference: str, classes_uri: str) -> ModelSource:
+    """A LiteRT (TFLite) file, local or remote; needs the extra ``litert``."""
     from segbatch.models.litert import LiteRtSource
 
     return LiteRtSource(reference, classes_uri)
@@ -121,7 +122,7 @@ def _unknown(reference: str, name: str, nets: Mapping[str, Any], others: Mapping
     if name in nets:
         return ConfigError(
             f"model {reference}: {name} has no trained weights of its own",
-            f'give a checkpoint as {name}@OUT; train one with `segbatch train CONFIG.toml OUT` and model.kind = "{name}"',
+            f'give a checkpoint as {name}@OUT; `segbatch train CONFIG.toml OUT` with model.kind = "{name}" makes one',
         )
     if name in others:
         return ConfigError(f"model {reference}: {name} is a loader", f"give what it should load, as {name}:path-or-uri")

@@ -101,7 +101,7 @@ class UNet(nn.Module):
         else:
             own = OwnEncoder(config.width, config.depth)
             self.encoder, self.decoder = own, OwnDecoder(own.channels)
-        self.head = nn.Conv2d(int(self.decoder.outputs), classes, 1)  # type: ignore[arg-type]
+        self.head = nn.Conv2d(int(self.decoder.outputs), classes, 1)
         for part in (self.decoder, self.head) if config.encoder else (self,):
             part.apply(_initialise)
 

@@ -30,20 +30,21 @@ _TRUTH = ("sample_id", "group_id", "split", "image_uri", "attributes", "status",
 _PREDICTION = ("sample_id", "group_id", "image_uri", "status", "error", "height", "width")
 
 
-def items(masks: str, samples: str, protocol: str) -> Iterator[PlanItem]:
+def items(masks: str, samples: str, protocol: str = "") -> Iterator[PlanItem]:
     """One item per masks part: its rows from the Parquet footer.
 
     The item's tag covers the masks part and the samples table, so that a retry of the masks or a new ingest of the
-    labels makes its state anew.
+    labels makes its state anew. An empty ``protocol`` is the dataset's own.
 
     Raises:
         ConfigError: no such table, an unknown protocol or one that does not fit the classes, or masks whose label ids
             mean other classes than the samples'. Raised at once, not on iteration.
     """
     samples_folder, masks_folder = tables.find(samples, "samples"), tables.find(masks, "masks")
-    classes = tables.class_table(tables.root_of(samples, "samples"))
-    registry.make(protocol, classes)
-    _check_same_classes(tables.root_of(masks, "masks"), tables.root_of(samples, "samples"))
+    samples_root = tables.root_of(samples, "samples")
+    name = protocol or registry.default_protocol(str(tables.dataset_info(samples_root).get("name", "")))
+    registry.make(name, tables.class_table(samples_root))
+    _check_same_classes(tables.root_of(masks, "masks"), samples_root)
     labels = _digest(tables.parts(samples_folder))
     return _items(tables.parts(masks_folder), labels)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.generators import TREES
+from generators import TREES
 
 from segbatch.codecs import photo
 from segbatch.datasets.base import Dataset

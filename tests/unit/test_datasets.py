@@ -5,12 +5,13 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import cv2
+import generators
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tests import generators
 
+from segbatch import storage
 from segbatch.datasets import drawn_shelves, reading, registry
 from segbatch.datasets.camvid import CamVid
 from segbatch.datasets.image_masks import ImageMasks
@@ -38,7 +39,7 @@ class TestRegistry:
 
     def test_auto_says_what_it_saw(self, tmp_path: Path) -> None:
         (tmp_path / "table.csv").write_text("a,b")
-        with pytest.raises(ConfigError, match="first files are table.csv"):
+        with pytest.raises(ConfigError, match=r"first files are table\.csv"):
             registry.dataset("auto", str(tmp_path))
         with pytest.raises(ConfigError, match="does not exist"):
             registry.dataset("auto", str(tmp_path / "nowhere"))
@@ -57,7 +58,7 @@ class TestRegistry:
 
         entry = EntryPoint("theirs", "their.module:Theirs", registry.ENTRY_POINTS)
         monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == registry.ENTRY_POINTS else [])
-        with pytest.raises(ConfigError, match="their.module:Theirs.*cannot be loaded"):
+        with pytest.raises(ConfigError, match=r"their\.module:Theirs.*cannot be loaded"):
             registry.dataset("theirs")
         monkeypatch.setattr(EntryPoint, "load", load)
         assert isinstance(registry.dataset("theirs"), Theirs) and "theirs" in registry.names()
@@ -176,9 +177,9 @@ class TestImages:
         def endless(root: str, suffixes: tuple[str, ...] = (), recursive: bool = True) -> object:
             for i in range(10**9):
                 seen.append(i)
-                yield reading.storage.ObjectInfo(f"{root}/{i:09d}.jpg", "e", 1)
+                yield storage.ObjectInfo(f"{root}/{i:09d}.jpg", "e", 1)
 
-        monkeypatch.setattr(reading.storage, "list_files", endless)
+        monkeypatch.setattr(storage, "list_files", endless)
         found = list_images(str(tmp_path))
         assert [next(found).sample_id for _ in range(3)][2] == "000000002.jpg" and len(seen) == 3
 
@@ -240,7 +241,9 @@ class TestImageMasks:
         mask[2, 7:9] = 77
         generators.save(root / "masks" / "train" / "item_0.png", mask)
         error = problem(ImageMasks(), items(ImageMasks(), root)[0])
-        assert error.code == "unknown-label" and "id 77 at row 2, column 7" in error.problem and "2 such" in error.problem
+        assert (
+            error.code == "unknown-label" and "id 77 at row 2, column 7" in error.problem and "2 such" in error.problem
+        )
         (root / "classes.toml").unlink()
         assert np.array_equal(np.asarray(ImageMasks().read(items(ImageMasks(), root)[0]).semantic), mask)
         assert ImageMasks().classes(str(root)) == ClassTable(())
@@ -257,7 +260,10 @@ class TestImageMasks:
         assert ImageMasks().classes(str(root)) == from_toml
         (root / "classes.json").unlink()
         (root / "classes.txt").write_text("floor\nshopping cart\n")
-        assert [(c.label_id, c.name) for c in ImageMasks().classes(str(root)).classes] == [(0, "floor"), (1, "shopping cart")]
+        assert [(c.label_id, c.name) for c in ImageMasks().classes(str(root)).classes] == [
+            (0, "floor"),
+            (1, "shopping cart"),
+        ]
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -305,13 +311,15 @@ def _grey_png(values: NDArray[np.uint16], bits: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
-class TestDrawnShelves:
-    @pytest.fixture(scope="class")
-    def tree(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        root = tmp_path_factory.mktemp("shelves")
-        drawn_shelves.draw(str(root), count=150)
-        return root
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 drawn shelves, 120 to train and 30 to validate."""
+    root = tmp_path_factory.mktemp("shelves")
+    drawn_shelves.draw(str(root), count=150)
+    return root
 
+
+class TestDrawnShelves:
     def test_it_is_a_clean_image_masks_tree(self, tree: Path) -> None:
         assert registry.dataset("auto", str(tree)).name == "image-masks"
         found = items(ImageMasks(), tree)

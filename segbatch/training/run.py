@@ -1,0 +1,194 @@
+"""``train``: from a training file to a checkpoint folder."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from segbatch import storage
+from segbatch.config import digest_of
+from segbatch.errors import ConfigError, StoppedError
+from segbatch.models import checkpoint
+from segbatch.models.architectures import ARCHITECTURES
+from segbatch.models.base import ModelSpec
+from segbatch.models.color import ColorTable
+from segbatch.models.config import UNetConfig
+from segbatch.training import state
+from segbatch.training.config import TrainConfig
+from segbatch.training.network import NetworkTraining
+from segbatch.training.result import TrainProgress, TrainResult
+from segbatch.training.samples import SampleSet
+from segbatch.training.validation import validate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Report = Callable[[TrainProgress], None]
+
+
+def train(
+    config: TrainConfig, on_progress: Report | None = None, should_stop: Callable[[], bool] | None = None
+) -> TrainResult:
+    """Train a model on a samples table and write its checkpoint folder ``config.out``.
+
+    An interrupted training goes on from its last checkpoint when it is called again; a finished one returns at once.
+    With ``optim.epochs`` and the same number of threads, the result is the same bit by bit, interrupted or not.
+
+    Args:
+        config: the training file.
+        on_progress: called after every step.
+        should_stop: asked after every step; True writes a checkpoint and ends.
+
+    Raises:
+        ConfigError: no such samples, another training in the same folder, a broken checkpoint.
+        DataError: a sample without a label map, or broken; named.
+        EngineError: the loss is not a number.
+        StoppedError: ``should_stop`` said so.
+    """
+    out = storage.resolve(config.out)
+    samples = SampleSet(config.samples, config.split, config.data.cache_mb)
+    held_out = _validation_samples(config, samples)
+    content = {
+        "train": config.deciding(),
+        "samples": samples.digest,
+        "val_samples": held_out.digest if held_out else None,
+        "classes": samples.classes.to_json(),
+    }
+    state.claim(out, content)
+    if storage.exists(storage.join(out, checkpoint.MODEL_FILE)):
+        return _recorded(out, config)
+    run = _Run(config, out, samples, held_out, digest_of(content))
+    with _torch_settings(config.threads, config.seed):
+        fit = run.color if config.model.kind == "color" else run.network
+        return fit(on_progress or (lambda _: None), should_stop or (lambda: False))
+
+
+def _validation_samples(config: TrainConfig, samples: SampleSet) -> SampleSet | None:
+    if not config.validates:
+        return None
+    found = SampleSet(config.val_samples or config.samples, config.val_split, config.data.cache_mb)
+    ours, theirs = ([c.label_id for c in s.classes.classes] for s in (samples, found))
+    if ours != theirs:
+        raise ConfigError(
+            f"training and validation samples have other classes: label ids {ours[:9]} and {theirs[:9]}",
+            "ingest both with one class table",
+        )
+    return found
+
+
+@contextmanager
+def _torch_settings(threads: int, seed: int) -> "Iterator[None]":
+    """Threads and random numbers of torch, as they were afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """One call of ``train``."""
+
+    def __init__(
+        self, config: TrainConfig, out: str, samples: SampleSet, held_out: SampleSet | None, digest: str
+    ) -> None:
+        self._config = config
+        self._out = out
+        self._samples = samples
+        self._held_out = held_out
+        self._digest = digest
+        self._architecture = ARCHITECTURES[config.model.kind]
+        self._input = self._architecture.input_spec(config.model)
+
+    def network(self, report: Report, should_stop: Callable[[], bool]) -> TrainResult:
+        """Gradient descent."""
+        from segbatch.models.unet import UNet, load_pretrained
+
+        model = self._config.model
+        net = self._architecture.build(model, len(self._samples.classes.classes))
+        if isinstance(net, UNet) and isinstance(model, UNetConfig) and model.encoder and model.pretrained:
+            load_pretrained(net)
+        training = NetworkTraining(self._config, net, self._input, self._samples, self._out, self._digest)
+        begun = training.resume()
+        self._samples.preload()
+        training.run(report, should_stop, self._validate if self._held_out else None)
+        training.settle()
+        figures = self._validate(net)
+        training.log.add(step=training.step, cpu_s=round(training.clock.seconds, 2), **figures)
+        record = {"steps": training.step, "loss": training.loss, "cpu_s": training.clock.seconds, **figures}
+        return self._finish(net, record, training.log, begun)
+
+    def color(self, report: Report, should_stop: Callable[[], bool]) -> TrainResult:
+        """Counting colours: one pass, repeated as a whole after an interruption."""
+        clock, log = state.CpuClock(), state.Log(storage.join(self._out, "log.jsonl"))
+        table = self._architecture.build(self._config.model, len(self._samples.classes.classes))
+        assert isinstance(table, ColorTable)
+        for index in range(len(self._samples)):
+            pair = self._samples.get(index)
+            table.observe(pair.rgb, pair.classes)
+            done = index + 1
+            report(TrainProgress(done, done / len(self._samples), 0.0, 0.0, done, clock.seconds))
+            if should_stop() and done < len(self._samples):
+                raise StoppedError(f"training stopped after {done} photos", "the same command begins anew")
+        table.settle()
+        figures = self._validate(table)
+        log.add(step=len(self._samples), cpu_s=round(clock.seconds, 2), **figures)
+        record = {"steps": len(self._samples), "loss": None, "cpu_s": clock.seconds, **figures}
+        return self._finish(table, record, log, 0)
+
+    def _validate(self, net: nn.Module) -> dict[str, Any]:
+        """Figures of the validation photos; empty without any."""
+        if self._held_out is None:
+            return {}
+        spec = ModelSpec(
+            name=self._config.model.kind,
+            task="semantic",
+            classes=self._samples.classes,
+            input=self._input,
+            output=self._architecture.output,
+            digest="",
+        )
+        found = validate(self._architecture.segmenter(net, spec), self._held_out)
+        return {"val_miou": found.miou, "val_iou": dict(found.iou)}
+
+    def _finish(self, net: nn.Module, record: dict[str, Any], log: state.Log, begun: int) -> TrainResult:
+        """Write the checkpoint folder; ``model.json`` comes last and says that the training is finished."""
+        config = self._config
+        log.save()
+        training = {
+            **record,
+            "samples": len(self._samples),
+            "skipped": dict(self._samples.skipped),
+            "data": self._samples.digest,
+            "config": config.deciding(),
+        }
+        checkpoint.write(self._out, net, config.model.kind, config.model, self._samples.classes, training)
+        storage.delete(state.last(self._out))
+        return _result(self._out, config, training, begun)
+
+
+def _recorded(out: str, config: TrainConfig) -> TrainResult:
+    """The result of a training that is finished."""
+    training = checkpoint.read(out).file.training
+    return _result(out, config, training, int(training["steps"]))
+
+
+def _result(out: str, config: TrainConfig, training: dict[str, Any], begun: int) -> TrainResult:
+    return TrainResult(
+        uri=out,
+        reference=f"{config.model.kind}@{out}",
+        steps=int(training["steps"]),
+        samples=int(training["samples"]),
+        skipped=training["skipped"],
+        loss=training["loss"],
+        cpu_s=float(training["cpu_s"]),
+        resumed_from=begun,
+        val_miou=training.get("val_miou"),
+        val_iou=training.get("val_iou", {}),
+    )
