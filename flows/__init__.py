@@ -1,0 +1,1 @@
+"""Prefect flows over the verbs of ``segbatch``; they schedule, retry and show, and have no logic of their own."""

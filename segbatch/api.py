@@ -5,6 +5,7 @@
 """
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from segbatch.jobs import (
     Silent,
     Watch,
     carry_out,
+    draining,
     dry_run,
     evaluate_job,
     ingest_job,
@@ -143,16 +145,24 @@ def evaluate(
 def retry(
     out: str,
     *,
+    model: "str | ModelSource" = "",
     limits: Limits | None = None,
     options: RunOptions | None = None,
     watch: Watch | None = None,
 ) -> RunResult:
     """Redo only the rows whose status is an error, in place; good rows are copied, other shards not touched.
 
+    Args:
+        out: the run root of a predict.
+        model: needed only where ``predict`` was given a ``ModelSource`` of one's own; it must be the same model.
+        limits: how many bad rows are acceptable.
+        options: the engine.
+        watch: who looks on.
+
     Raises:
         ConfigError: ``out`` is not a run root, or its verb cannot be retried.
     """
-    job = job_of(out)
+    job = job_of(out, model)
     if job.verb != "predict":
         raise ConfigError(f"{out} was made by segbatch {job.verb}, which has nothing to retry", "give a predict output")
     return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent(), failed=True)
@@ -182,7 +192,25 @@ def train(config: "TrainConfig", watch: Watch | None = None) -> "TrainResult":
     """
     from segbatch import training
 
-    return training.train(config, watch or Silent())
+    watch = watch or Silent()
+    stop = threading.Event()
+    watch.begin("train", 100, "%")
+    try:
+        with draining(stop, watch):
+            result = training.train(config, lambda p: watch.advance(int(100 * p.fraction), 0), stop.is_set)
+    finally:
+        watch.end()
+    watch.say(_training_summary(result))
+    return result
+
+
+def _training_summary(result: "TrainResult") -> str:
+    loss = f", loss {result.loss:.3f}" if result.loss is not None else ""
+    miou = f", validation mIoU {result.val_miou:.3f}" if result.val_miou is not None else ""
+    skipped = f", {sum(result.skipped.values())} bad samples left out" if result.skipped else ""
+    resumed = f", resumed at step {result.resumed_from}" if result.resumed_from else ""
+    minutes = f"{result.cpu_s / 60:.1f} CPU minutes"
+    return f"trained {result.steps} steps on {result.samples} samples in {minutes}{loss}{miou}{skipped}{resumed}"
 
 
 def load_train_config(uri: str, out: str = "", sets: Sequence[str] = ()) -> "TrainConfig":
@@ -291,6 +319,7 @@ def doctor(out: str = "") -> list[Check]:
     import os
     import shutil
     import sys
+    import tempfile
 
     checks = [Check("python", sys.version_info >= (3, 11), sys.version.split()[0])]
     for name in ("ray", "torch", "pyarrow", "numba", "duckdb", "prefect"):
@@ -301,8 +330,8 @@ def doctor(out: str = "") -> list[Check]:
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(f"extra {extra}", True, f"not installed; pip install 'segbatch[{extra}]'"))
     checks.append(Check("cpus", True, str(os.cpu_count())))
-    free = shutil.disk_usage("/tmp").free
-    checks.append(Check("free space in /tmp", free > 2 << 30, f"{free / 1e9:.1f} GB"))
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    checks.append(Check("free space for temporary files", free > 2 << 30, f"{free / 1e9:.1f} GB"))
     if out:
         try:
             storage.check_writable(storage.resolve(out))

@@ -7,13 +7,13 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from segbatch.errors import SegbatchError
 from segbatch.version import __version__
 
 if TYPE_CHECKING:
-    from segbatch.api import Limits, RunResult
+    from segbatch.jobs import Limits, RunResult
     from segbatch.config import RunOptions
 
 app = App(
@@ -114,7 +114,13 @@ def predict(
     from segbatch import api
 
     options = _options(set_, engine)
-    choice = {"classes": classes, "where": where, "limit": limit, "max_pixels": max_pixels, "options": options}
+    choice: dict[str, Any] = {
+        "classes": classes,
+        "where": where,
+        "limit": limit,
+        "max_pixels": max_pixels,
+        "options": options,
+    }
     if dry_run:
         _show_preview(api.preview_predict(model, input, out, **choice), json_)
         return
@@ -193,8 +199,7 @@ def train(config: str, out: str = "", *, set_: Sets = (), json_: Json = False) -
     if json_:
         _print_json(asdict(result))
         return
-    print(f"model written to {result.out}")
-    print(f"next: segbatch predict {settings.model.kind}@{result.out} SAMPLES OUT")
+    print(f"next: segbatch predict {result.reference} SAMPLES OUT")
 
 
 @app.command
@@ -253,7 +258,8 @@ def status(out: str, *, json_: Json = False) -> None:
         _print_json(asdict(state))
         return
     print(
-        f"{state.root}: {state.rows_done} of {state.rows} rows, {state.shards_done} of {state.shards} shards, {state.bad} bad"
+        f"{state.root}: {state.rows_done} of {state.rows} rows, {state.shards_done} of {state.shards} shards, "
+        f"{state.bad} bad"
     )
     if not state.complete:
         print("the command that began it goes on where it stopped")
@@ -444,7 +450,7 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
 
 
-def _show_catalogue(family: str, as_json: bool) -> None:
+def _show_catalogue(family: Literal["models", "datasets", "metrics"], as_json: bool) -> None:
     from segbatch import api
 
     entries = api.catalogue(family)
@@ -480,7 +486,7 @@ def _options(sets: tuple[str, ...], engine: str) -> "RunOptions":
 
 
 def _limits(max_bad_fraction: float, fail_fast: bool) -> "Limits":
-    from segbatch.api import Limits
+    from segbatch.jobs import Limits
 
     return Limits(max_bad_fraction, fail_fast)
 
@@ -498,7 +504,10 @@ def _batch_size(text: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; user errors are one line on stderr and an exit code, without traceback."""
     try:
-        app(arguments, exit_on_error=True, print_error=True, result_action="return_value")
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        verb = " ".join(error.command_chain or ())
+        _fail(f"{' '.join(str(error).split())} (see: {' '.join(['segbatch', verb, '--help']).replace('  ', ' ')})", 2)
     except SegbatchError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:

@@ -129,6 +129,7 @@ class Selection:
 
 
 def ingest_job(dataset: str, source: str, out: str, split: Sequence[str], by_reference: bool) -> Job:
+    """The job of ``api.ingest``."""
     from segbatch.datasets import registry
     from segbatch.stages.ingest import IngestTask
 
@@ -161,6 +162,7 @@ def predict_job(
     batch_size: int,
     max_pixels: int,
 ) -> Job:
+    """The job of ``api.predict``."""
     from segbatch.models import registry
     from segbatch.stages.predict import PredictTask
 
@@ -206,6 +208,7 @@ def _inputs(source: str, where: str) -> Iterator[PlanItem]:
 
 
 def evaluate_job(masks: str, samples: str, out: str, protocol: str) -> Job:
+    """The job of ``api.evaluate``."""
     from segbatch.metrics import registry
     from segbatch.stages import evaluate as stage
 
@@ -227,6 +230,7 @@ def evaluate_job(masks: str, samples: str, out: str, protocol: str) -> Job:
 
 
 def run_of(out: str) -> Run:
+    """The run at a root that exists."""
     root = storage.resolve(out)
     document = Run(root, "").document()
     if document is None:
@@ -234,8 +238,8 @@ def run_of(out: str) -> Run:
     return Run(root, {"ingest": "samples", "predict": "masks", "evaluate": "state"}[document["verb"]])
 
 
-def job_of(out: str) -> Job:
-    """The job that made a run root, from its config."""
+def job_of(out: str, model: "str | ModelSource" = "") -> Job:
+    """The job that made a run root, from its config; ``model`` where that was no reference that can be looked up."""
     run = run_of(out)
     document = run.document() or {}
     c: dict[str, Any] = document["config"]
@@ -244,7 +248,7 @@ def job_of(out: str) -> Job:
     if document["verb"] == "evaluate":
         return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"])
     selection = Selection(c["where"], c["limit"])
-    return predict_job(c["model"], c["input"], run.root, c["classes"], selection, 0, c["max_pixels"])
+    return predict_job(model or c["model"], c["input"], run.root, c["classes"], selection, 0, c["max_pixels"])
 
 
 def dry_run(job: Job, options: RunOptions) -> Preview:
@@ -260,23 +264,38 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
 
 def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, failed: bool = False) -> RunResult:
     """Open the root, plan what is new, do what is missing (or redo what failed), finish."""
+    if Run(job.out, job.table).document() is None:
+        next(iter(job.listing()), None)  # a wrong input must not claim the root
     run = Run.open(job.out, job.table, job.verb, job.config)
     plan = options.plan.model_copy(update={"shard_rows": 2**31}) if job.unsplit else options.plan
     if failed:
         run.clear_quarantine()
-        todo = list(run.failed())
+        rounds = iter([list(run.failed())])
     else:
         run.plan(job.listing, plan, job.complete)
-        todo = list(run.missing())
+        rounds = _rounds(run)
     if not storage.exists(tables.service(run.root, "dataset.json")):
         tables.write_dataset_info(run.root, job.info())
     rows, seconds, start = (0, 0.0, 0.0)
-    if todo:
-        rows, seconds, start = _work(run, job, todo, limits, options.engine, watch)
+    for todo in rounds:
+        if todo:
+            done = _work(run, job, todo, limits, options.engine, watch)
+            rows, seconds, start = rows + done[0], seconds + done[1], start + done[2]
     state = run.finish()
     watch.say(_summary(state, rows, seconds))
     _check_bad(state, limits)
     return RunResult(state, rows, seconds, start)
+
+
+def _rounds(run: Run) -> Iterator[list[ShardRef]]:
+    """What is missing, until nothing is: another driver may publish a plan while this one works."""
+    before: set[tuple[int, int]] = set()
+    while todo := list(run.missing()):
+        now = {(s.number, s.plan) for s in todo}
+        if now == before:
+            return  # no progress: ``finish`` says what is missing
+        before = now
+        yield todo
 
 
 def _work(
@@ -288,7 +307,6 @@ def _work(
     counts = _Counts(watch, job.verb, sum(s.rows for s in todo))
     if kind == "ray":
         watch.say("starting Ray ...")
-    engine.start()
     control = Control(
         quarantine=run.quarantine(),
         on_quarantine=run.add_quarantine,
@@ -296,20 +314,23 @@ def _work(
         on_rows=counts.partial,
     )
     try:
-        with _draining(control.stop, watch):
-            for outcome in engine.map(job.task, todo, control):
-                run.record(outcome)
-                counts.add(outcome)
-                if limits.fail_fast and outcome.bad:
-                    raise BadItemsError(
-                        f"{_reasons(outcome.reasons)} in shard {outcome.shard}", "mend it or leave out --fail-fast"
-                    )
+        with draining(control.stop, watch):
+            engine.start()
+            with contextlib.closing(engine.map(job.task, todo, control)) as outcomes:
+                for outcome in outcomes:
+                    run.record(outcome)
+                    counts.add(outcome)
+                    if limits.fail_fast and outcome.bad:
+                        raise BadItemsError(
+                            f"{_reasons(outcome.reasons)} in shard {outcome.shard}", "mend it or leave out --fail-fast"
+                        )
             work_s, start_s = counts.times()
     finally:
         watch.end()
-        run.flush()
         engine.close()
-    return counts.rows, work_s, start_s
+        storage.sweep_temporary(run.root)
+        run.flush()
+    return counts.own, work_s, start_s
 
 
 def _pick_engine(job: Job, todo: Sequence[ShardRef]) -> Literal["ray", "inline"]:
@@ -325,7 +346,7 @@ class _Counts:
         self._watch, self._what, self._total = watch, what, total
         self._began = time.monotonic()
         self._ready: float | None = None
-        self.rows = self.bad = 0
+        self.rows = self.bad = self.own = 0
 
     def ready(self) -> None:
         """Work begins."""
@@ -340,6 +361,7 @@ class _Counts:
 
     def add(self, outcome: Outcome) -> None:
         self.rows += outcome.rows
+        self.own += 0 if outcome.committed_by_other else outcome.rows
         self.bad += outcome.bad
         self._watch.advance(self.rows, self.bad)
 
@@ -348,7 +370,7 @@ class _Counts:
 
 
 @contextlib.contextmanager
-def _draining(stop: threading.Event, watch: Watch) -> Iterator[None]:
+def draining(stop: threading.Event, watch: Watch) -> Iterator[None]:
     """SIGTERM and the first Ctrl-C drain; the second Ctrl-C stops at once. Only the main thread can listen."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -358,7 +380,7 @@ def _draining(stop: threading.Event, watch: Watch) -> Iterator[None]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        watch.say("stopping: shards in flight are finished first")
+        watch.say("stopping: what is in flight is finished first")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,7 +1,7 @@
 """Several verbs in one go: ``segbatch run`` and ``segbatch demo``. Every stage resumes by itself."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class EvaluateStage(Config):
     """What ``segbatch evaluate`` is told."""
 
     protocol: str = ""
-    missing: str = "error"
+    missing: Literal["error", "skip"] = "error"
 
 
 class ReportStage(Config):
@@ -138,8 +138,8 @@ def train_stage(config: PipelineConfig, watch: Watch) -> str:
     settings = config.training()
     if settings is None:
         return config.predict.model
-    result = api.train(settings, watch)
-    return config.predict.model or f"{settings.model.kind}@{result.out}"
+    trained = api.train(settings, watch)
+    return config.predict.model or trained.reference
 
 
 def predict_stage(config: PipelineConfig, watch: Watch) -> RunResult:
@@ -167,7 +167,7 @@ def evaluate_stage(config: PipelineConfig, watch: Watch) -> RunResult:
         config.place("dataset"),
         config.place("metrics"),
         protocol=config.evaluate.protocol,
-        missing="skip" if config.evaluate.missing == "skip" else "error",
+        missing=config.evaluate.missing,
         options=config.options,
         watch=watch,
     )
@@ -234,13 +234,16 @@ def _demo_config(root: str, photos: str) -> dict[str, Any]:
     return {
         "out": root,
         "ingest": {"dataset": "image-masks", "source": photos},
-        "train": {"split": "train", **_DEMO_TRAINING},
+        "train": {"split": "train", "val_split": "val", **_DEMO_TRAINING},
         "predict": {"where": "split = 'val'"},
         "evaluate": {"protocol": "semantic"},
     }
 
 
-_DEMO_TRAINING: dict[str, Any] = {"model": {"kind": "unet", "width": 16, "depth": 4}}
+_DEMO_TRAINING: dict[str, Any] = {
+    "model": {"kind": "unet", "width": 16, "depth": 4, "input_size": [96, 128]},
+    "optim": {"epochs": 12},
+}
 
 
 def _baseline(config: PipelineConfig, watch: Watch) -> RunResult:

@@ -9,7 +9,7 @@ import itertools
 import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import duckdb
 
 PART_ROWS = 1_000_000
+_INDEX = "shards.parquet"
 _GROUP_ROWS = 4096
 _SMALL = 4096
 _SHARD_ROWS = 256
@@ -216,16 +217,20 @@ def _write(root: str, table: str, cuts: Iterable[_Cut], number: int, next_shard:
     """
     writer = _PlanWriter(service(root, "plans", uuid.uuid4().hex))
     rewrites = []
-    for piece in cuts:
-        writer.add(piece)
-        if piece.key:
-            rewrites.append(piece.number)
-        else:
-            next_shard = max(next_shard, piece.number + 1)
-    if not writer.shards:
-        return None
-    writer.close()
-    _check_unique(writer.ids)
+    try:
+        for piece in cuts:
+            writer.add(piece)
+            if piece.key:
+                rewrites.append(piece.number)
+            else:
+                next_shard = max(next_shard, piece.number + 1)
+        if not writer.shards:
+            return None
+        writer.close()
+        _check_unique(writer.ids.duplicates)
+    except BaseException:
+        writer.discard()
+        raise
     info = PlanInfo(
         plan=number,
         folder=storage.name_of(writer.folder),
@@ -244,12 +249,10 @@ def _write(root: str, table: str, cuts: Iterable[_Cut], number: int, next_shard:
     return info
 
 
-def _check_unique(ids: "_IdCheck") -> None:
-    if ids.duplicates:
-        shown = ", ".join(sorted(ids.duplicates)[:3])
-        raise ConfigError(
-            f"{len(ids.duplicates)} sample ids occur twice, for example {shown}", "every id must be unique"
-        )
+def _check_unique(duplicates: Collection[str]) -> None:
+    if duplicates:
+        shown = ", ".join(sorted(duplicates)[:3])
+        raise ConfigError(f"{len(duplicates)} sample ids occur twice, for example {shown}", "every id must be unique")
 
 
 class _IdCheck:
@@ -336,12 +339,13 @@ class _PlanWriter:
         self._flush_refs()
         out = storage.buffer()
         pq.write_table(pa.concat_tables(self._shard_groups), out, compression="zstd")
-        self._put("shards.parquet", out.getvalue())
+        self._put(_INDEX, out.getvalue())
 
     def discard(self) -> None:
-        """Remove the files of a plan that lost the race."""
+        """Remove the files of a plan that lost the race, or could not be finished."""
         for uri in self._written:
             storage.delete(uri)
+        storage.remove_empty_folder(self.folder)
 
 
 def _items_table(items: Sequence[tuple[int, PlanItem]]) -> pa.Table:
@@ -353,7 +357,7 @@ def shards_of(root: str, table: str, info: PlanInfo) -> Iterator[ShardRef]:
     """The shards of a plan, streamed from its index."""
     folder = service(root, "plans", info.folder)
     rewrites = set(info.rewrites)
-    with storage.open_input(storage.join(folder, "shards.parquet")) as source:
+    with storage.open_input(storage.join(folder, _INDEX)) as source:
         for batch in pq.ParquetFile(source).iter_batches(_GROUP_ROWS):
             for row in batch.to_pylist():
                 yield ShardRef(
@@ -413,8 +417,13 @@ def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], co
             "CREATE TABLE planned (plan BIGINT, ord BIGINT, shard BIGINT, sample_id VARCHAR, uri VARCHAR, "
             "etag VARCHAR, bytes BIGINT, rows BIGINT, row_start BIGINT, detail VARCHAR)"
         )
+        db.execute("CREATE TABLE cuts (plan BIGINT, shard BIGINT)")
         for plan, path in _local_copies(root, plans, Path(scratch)):
-            db.execute("INSERT INTO planned SELECT ?, row_number() OVER (), * FROM read_parquet(?)", [plan, str(path)])
+            if path.name.endswith(_INDEX):
+                db.execute("INSERT INTO cuts SELECT ?, number FROM read_parquet(?)", [plan, str(path)])
+            else:
+                rows = "SELECT ?, row_number() OVER (), * FROM read_parquet(?)"
+                db.execute(f"INSERT INTO planned {rows}", [plan, str(path)])
         return _query_changes(root, plans, db, complete)
 
 
@@ -425,25 +434,32 @@ def _write_listing(path: Path, items: Iterable[PlanItem]) -> None:
             writer.write_table(_items_table([(0, i) for i in chunk]))
 
 
+# A shard that has lost all its items is in ``cuts`` only: its items of earlier plans are not live.
 _LIVE = (
     "CREATE VIEW live AS SELECT p.* FROM planned p JOIN "
-    "(SELECT shard, max(plan) AS plan FROM planned GROUP BY shard) l USING (shard, plan)"
+    "(SELECT shard, max(plan) AS plan FROM cuts GROUP BY shard) l USING (shard, plan)"
 )
 _TOUCHED = (
     "CREATE TABLE touched AS SELECT DISTINCT p.shard FROM live p LEFT JOIN listing l USING (uri) "
-    "WHERE l.etag <> p.etag OR (l.uri IS NULL AND ?)"
+    "WHERE l.etag <> p.etag OR l.sample_id <> p.sample_id OR (l.uri IS NULL AND ?)"
+)
+_TWICE = (
+    "SELECT sample_id FROM (SELECT uri, sample_id FROM listing UNION ALL "
+    "SELECT uri, sample_id FROM live ANTI JOIN listing USING (uri) WHERE NOT ?) "
+    "WHERE sample_id <> '' GROUP BY sample_id HAVING count(*) > 1"
 )
 _NEW = (
     "SELECT sample_id, uri, etag, bytes, rows, row_start, detail FROM listing ANTI JOIN live USING (uri) ORDER BY ord"
 )
 _REDO = (
-    "SELECT p.shard, p.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, l.detail "
+    "SELECT p.shard, l.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, l.detail "
     "FROM live p JOIN touched USING (shard) LEFT JOIN listing l USING (uri) ORDER BY p.shard, p.ord"
 )
 
 
 def _query_changes(root: str, plans: Sequence[PlanInfo], db: "duckdb.DuckDBPyConnection", complete: bool) -> _Changes:
     db.execute(_LIVE)
+    _check_unique([i for (i,) in db.execute(_TWICE, [complete]).fetchall()])
     db.execute(_TOUCHED, [complete])
     new = [PlanItem(*row) for row in db.execute(_NEW).fetchall()]
     redo = db.execute(_REDO).fetchall()
@@ -457,13 +473,11 @@ def _query_changes(root: str, plans: Sequence[PlanInfo], db: "duckdb.DuckDBPyCon
 
 
 def _local_copies(root: str, plans: Sequence[PlanInfo], scratch: Path) -> list[tuple[int, Path]]:
-    """(plan, local path) of every items file; remote ones are copied."""
+    """(plan, local path) of every index and items file; remote ones are copied."""
     found = []
     for info in plans:
         for part in storage.list_files(service(root, "plans", info.folder), (".parquet",)):
             name = storage.name_of(part.uri)
-            if not name.startswith("items-"):
-                continue
             path = Path(part.uri)
             if not storage.is_local(part.uri):
                 path = scratch / f"{info.plan}-{name}"

@@ -7,6 +7,7 @@ root: they adopt each other's plans, and a shard's file is its own commit record
 """
 
 import datetime
+import itertools
 import json
 import threading
 import uuid
@@ -25,7 +26,7 @@ from segbatch.storage import ObjectInfo
 from segbatch.tables import service
 from segbatch.version import __version__
 
-__all__ = ["Journal", "Run", "RunState", "Task", "Worker", "commit", "items_of"]
+__all__ = ["Journal", "Run", "RunState", "Task", "Worker", "commit", "committed", "items_of"]
 
 _COMMIT_ATTEMPTS = 5
 _LOG_EVERY = 256
@@ -171,24 +172,23 @@ class Run:
     def missing(self) -> Iterator[ShardRef]:
         """Shards whose result is not there yet: O(shards), no input is read."""
         present = self._present()
-        for shard in self.shards():
-            found = present.get(shard.key)
-            if found is None or (shard.mode == "rewrite" and not self._is_at(found, shard.plan)):
-                yield shard
+        return (s for s in self.shards() if not self._is_done(s, present))
 
     def failed(self) -> Iterator[ShardRef]:
         """Written shards that hold bad rows, as references to retry."""
-        outcomes = self.outcomes()
-        for shard in self.shards():
-            outcome = outcomes.get(shard.number)
-            if outcome is not None and outcome.bad:
-                yield replace(shard, mode="retry")
+        shards, present = list(self.shards()), self._present()
+        written = [s for s in shards if self._is_done(s, present)]
+        outcomes = self._outcomes(written, present)
+        return (replace(s, mode="retry") for s in written if outcomes[s.number].bad)
 
     def _present(self) -> dict[str, ObjectInfo]:
         return {storage.name_of(p.uri): p for p in tables.parts(storage.join(self.root, self.table))}
 
-    def _is_at(self, part: ObjectInfo, plan: int) -> bool:
-        return int(tables.footer(part.uri).get("segbatch.plan", -1)) >= plan
+    def _is_done(self, shard: ShardRef, present: Mapping[str, ObjectInfo]) -> bool:
+        """Whether the result is there; for a rewritten shard, the result of that plan or a later one."""
+        if shard.key not in present:
+            return False
+        return shard.mode != "rewrite" or _plan_of(tables.footer(shard.uri)) >= shard.plan
 
     # -- outcomes ----------------------------------------------------------------------------------------------
 
@@ -207,14 +207,17 @@ class Run:
         if lines:
             name = f"{_now(compact=True)}-{uuid.uuid4().hex[:12]}.jsonl"
             text = "\n".join(json.dumps(asdict(o)) for o in lines)
-            storage.create(service(self.root, "outcomes", name), text.encode())
+            storage.replace(service(self.root, "outcomes", name), text.encode())  # the name is nobody else's
 
     def outcomes(self) -> dict[int, Outcome]:
         """Outcome of every written shard by number: from the logs where they are current, else from the footer."""
-        present = self._present()
-        logged = {o.etag: o for o in self._logged()}
-        shards = [s for s in self.shards() if s.key in present]
-        known = {s.number: logged[present[s.key].etag] for s in shards if present[s.key].etag in logged}
+        shards, present = list(self.shards()), self._present()
+        return self._outcomes([s for s in shards if s.key in present], present)
+
+    def _outcomes(self, shards: Sequence[ShardRef], present: Mapping[str, ObjectInfo]) -> dict[int, Outcome]:
+        logged = {(o.shard, o.etag): o for o in self._logged()}  # tags alone may repeat: size and time
+        found = {s.number: logged.get((s.number, present[s.key].etag)) for s in shards}
+        known = {number: outcome for number, outcome in found.items() if outcome is not None}
         unknown = [s for s in shards if s.number not in known]
         with ThreadPoolExecutor(16) as pool:
             read = pool.map(lambda s: _outcome(s, tables.footer(s.uri), present[s.key]), unknown)
@@ -229,18 +232,19 @@ class Run:
     # -- finish ------------------------------------------------------------------------------------------------
 
     def state(self) -> RunState:
-        """Planned against written, from listings and outcomes."""
-        outcomes = self.outcomes()
-        shards = list(self.shards())
-        waiting = {s.number for s in self.missing()}
-        done = [outcomes[s.number] for s in shards if s.number in outcomes and s.number not in waiting]
+        """Planned against written, from one listing of each and the outcomes."""
+        plans = self.plans()
+        shards = list(planning.latest_shards(self.root, self.table, plans))
+        present = self._present()  # after the plans: a shard that is written meanwhile may count, never the other way
+        written = [s for s in shards if self._is_done(s, present)]
+        done = self._outcomes(written, present).values()
         reasons: Counter[str] = Counter()
         for outcome in done:
             reasons.update(outcome.reasons)
         return RunState(
             self.root,
             self.table,
-            plans=len(self.plans()),
+            plans=len(plans),
             shards=len(shards),
             shards_done=len(done),
             rows=sum(s.rows for s in shards),
@@ -259,16 +263,18 @@ class Run:
         storage.sweep_temporary(self.root)
         state = self.state()
         if not state.complete or state.rows != state.rows_done:
+            lacking = [s.number for s in itertools.islice(self.missing(), 4)]
+            shown = ", ".join(str(n) for n in lacking[:3]) + (", ..." if len(lacking) > 3 else "")
             raise IncompleteRunError(
                 f"{self.root}: {state.shards_done} of {state.shards} shards and {state.rows_done} of {state.rows} rows "
-                "are there",
+                f"are there{f'; missing: shard {shown}' if lacking else ''}",
                 "run the same command again",
             )
         manifest = {"finished": _now(), "segbatch": __version__, **asdict(state)}
         storage.replace(service(self.root, "manifest.json"), json.dumps(manifest, indent=1).encode())
-        for info in self.plans():
+        for plan in range(state.plans):
             try:
-                storage.create(service(self.root, f"SUCCESS-{info.plan}"), b"")
+                storage.create(service(self.root, f"SUCCESS-{plan}"), b"")
             except ObjectExists:
                 continue
         return state
@@ -276,15 +282,18 @@ class Run:
     # -- quarantine --------------------------------------------------------------------------------------------
 
     def quarantine(self) -> dict[str, str]:
-        """Samples that killed their process, with the reason."""
-        entries = [i.uri for i in storage.list_files(service(self.root, "quarantine"), (".json",))]
-        read = (json.loads(data) for data in storage.read_many(entries))
-        return {e["sample_id"]: e["reason"] for e in read}
+        """Samples that killed their process, with the reason; not those whose file has changed since."""
+        uris = [i.uri for i in storage.list_files(service(self.root, "quarantine"), (".json",))]
+        entries: list[dict[str, Any]] = [json.loads(data) for data in storage.read_many(uris)]
+        numbers = {e["shard"] for e in entries}
+        shards = {s.number: s for s in self.shards() if s.number in numbers} if entries else {}
+        return {e["sample_id"]: e["reason"] for e in entries if _still_holds(e, shards.get(e["shard"]))}
 
-    def add_quarantine(self, sample_id: str, reason: str) -> None:
-        """Persist that a sample kills its process."""
-        data = json.dumps({"sample_id": sample_id, "reason": reason}).encode()
-        storage.replace(service(self.root, "quarantine", f"{digest_of(sample_id)}.json"), data)
+    def add_quarantine(self, shard: ShardRef, sample_id: str, reason: str) -> None:
+        """Persist that a sample of ``shard`` kills its process."""
+        entry = {"sample_id": sample_id, "reason": reason, "shard": shard.number, "plan": shard.plan}
+        entry["etag"] = _etag_of(shard, sample_id)
+        storage.replace(service(self.root, "quarantine", f"{digest_of(sample_id)}.json"), json.dumps(entry).encode())
 
     def clear_quarantine(self) -> None:
         """Give quarantined samples another chance (``retry --failed``)."""
@@ -292,8 +301,32 @@ class Run:
             storage.delete(info.uri)
 
 
+def _etag_of(shard: ShardRef, sample_id: str) -> str:
+    """The planned tag of a sample; empty where the plan holds ranges of rows."""
+    return next((i.etag for i in items_of(shard) if i.sample_id == sample_id), "")
+
+
+def _still_holds(entry: Mapping[str, Any], shard: ShardRef | None) -> bool:
+    """Whether a quarantined sample is as it was when it killed."""
+    if shard is None:
+        return False
+    return bool(entry["plan"] == shard.plan or (entry["etag"] and entry["etag"] == _etag_of(shard, entry["sample_id"])))
+
+
+def committed(shard: ShardRef) -> Outcome | None:
+    """The outcome of a shard that has been finished already, by whomever; None when there is work to do."""
+    if shard.mode == "retry":
+        return None
+    found = storage.stat(shard.uri)
+    return None if found is None else _of_other(shard, found)
+
+
 def commit(
-    shard: ShardRef, writer: tables.PartWriter, seconds: Mapping[str, float], extra: Mapping[str, str] | None = None
+    shard: ShardRef,
+    writer: tables.PartWriter,
+    seconds: Mapping[str, float],
+    extra: Mapping[str, str] | None = None,
+    basis: str = "",
 ) -> Outcome:
     """Publish a shard's result so that it is there once and whole, whoever else tries.
 
@@ -302,6 +335,7 @@ def commit(
         writer: the finished rows.
         seconds: wall time by stage.
         extra: more key-value pairs for the footer.
+        basis: tag of the result that rows were copied from (mode ``retry``); another one by now wins.
 
     Raises:
         EngineError: the rows are not those that were planned, or the key holds something else.
@@ -320,32 +354,45 @@ def commit(
         "segbatch.seconds": json.dumps({k: round(v, 4) for k, v in seconds.items()}),
         **(extra or {}),
     }
-    return _publish(shard, writer.finish(footer), footer)
+    return _publish(shard, writer.finish(footer), footer, basis)
 
 
-def _publish(shard: ShardRef, data: bytes, footer: dict[str, str]) -> Outcome:
+def _publish(shard: ShardRef, data: bytes, footer: Mapping[str, str], basis: str) -> Outcome:
     for _ in range(_COMMIT_ATTEMPTS):
-        before = storage.stat(shard.uri) if shard.mode != "create" else None
-        by_other = False
+        before = storage.stat(shard.uri)
+        if before is not None and not (shard.mode == "retry" and before.etag == basis):
+            other = _of_other(shard, before, footer["segbatch.attempt"])
+            if other is not None:
+                return other
         try:
             if before is None:
                 storage.create(shard.uri, data)
             else:
                 storage.replace(shard.uri, data, before.etag)
         except ObjectExists:
-            mine, footer_there = footer, tables.footer(shard.uri)
-            if int(footer_there.get("segbatch.shard", -1)) != shard.number:
-                raise EngineError(
-                    f"{shard.uri} is not the result of shard {shard.number}", "move that file away"
-                ) from None
-            if int(footer_there.get("segbatch.plan", -1)) < shard.plan:
-                continue  # an older plan's result came in between: overwrite it
-            by_other = footer_there["segbatch.attempt"] != mine["segbatch.attempt"]  # else only the reply was lost
-            footer = footer_there
+            continue  # somebody was faster, or only the reply was lost: the next look tells
         found = storage.stat(shard.uri)
         if found is not None:
-            return replace(_outcome(shard, footer, found), committed_by_other=by_other)
+            return _outcome(shard, footer, found)
     raise EngineError(f"{shard.uri} changes under our hands", "is another segbatch version writing there?")
+
+
+def _of_other(shard: ShardRef, found: ObjectInfo, attempt: str = "") -> Outcome | None:
+    """The outcome of the result that is there; None when it is of an older plan.
+
+    Raises:
+        EngineError: it is not a result of this shard.
+    """
+    footer = tables.footer(shard.uri)
+    if footer.get("segbatch.shard") != str(shard.number):
+        raise EngineError(f"{shard.uri} is not the result of shard {shard.number}", "move that file away")
+    if _plan_of(footer) < shard.plan:
+        return None
+    return replace(_outcome(shard, footer, found), committed_by_other=footer.get("segbatch.attempt") != attempt)
+
+
+def _plan_of(footer: Mapping[str, str]) -> int:
+    return int(footer.get("segbatch.plan", -1))
 
 
 def _outcome(shard: ShardRef, footer: Mapping[str, str], found: ObjectInfo) -> Outcome:

@@ -241,7 +241,7 @@ def parquet_options(table: str) -> dict[str, object]:
         "compression": {p: "none" if p in uncompressed else "zstd" for p, _ in leaves},
         "compression_level": {p: 3 for p, _ in leaves if p not in uncompressed},
         "use_dictionary": [p for p, t in leaves if pa.types.is_string(t)],
-        "column_encoding": {p: "BYTE_STREAM_SPLIT" for p in split},
+        "column_encoding": dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
     }
 
 

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import io
 import os
+import platform
 import random
 import time
 import uuid
@@ -35,6 +36,7 @@ T = TypeVar("T")
 ATTEMPTS = 5
 """How often a transient failure is tried before it is an error."""
 
+_BACK_OFF_S = 0.4
 _CONNECT_TIMEOUT_S = 10
 _READ_TIMEOUT_S = 60
 _TEMPORARY = ".tmp"
@@ -88,11 +90,13 @@ def _remote(scheme: str) -> "fsspec.AbstractFileSystem":
         options["config_kwargs"] = {
             "connect_timeout": _CONNECT_TIMEOUT_S,
             "read_timeout": _READ_TIMEOUT_S,
-            "retries": {"max_attempts": ATTEMPTS, "mode": "standard"},
+            "retries": {"total_max_attempts": 1},
             "max_pool_connections": 64,
         }
     try:
-        return fsspec.filesystem(scheme, **options)
+        filesystem = fsspec.filesystem(scheme, **options)
+        filesystem.retries = 1  # s3fs's own; _attempt repeats, and nothing below it, or the attempts would multiply
+        return filesystem
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"cannot use {scheme}:// addresses: {error}", "install the fsspec driver of that store"
@@ -109,8 +113,9 @@ def _translate(error: Exception, uri: str, doing: str) -> SegbatchError:
     """The library's exception as one of ours, with what to do about it."""
     code = getattr(error, "errno", None)
     if isinstance(error, FileNotFoundError):
-        return ObjectMissing(f"cannot {doing} {uri}: it does not exist", "check the path or URL")
-    if isinstance(error, FileExistsError):
+        what = "the bucket" if "bucket does not exist" in str(error) else "it"
+        return ObjectMissing(f"cannot {doing} {uri}: {what} does not exist", "check the path or URL")
+    if isinstance(error, FileExistsError) or _http_status(error) == 412:
         return ObjectExists(f"{uri} exists already")
     if code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return StorageError(
@@ -135,6 +140,12 @@ def _translate(error: Exception, uri: str, doing: str) -> SegbatchError:
     return StorageError(f"cannot {doing} {uri}: {name}: {error}", "see the message of the store")
 
 
+def _http_status(error: BaseException) -> int:
+    """Status of the S3 reply behind an exception of botocore or s3fs; 0 where there is none."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(response, dict) else 0
+
+
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
@@ -149,8 +160,9 @@ def _is_transient(error: Exception) -> bool:
         "ClientConnectionError",
         "FSTimeoutError",
     }
-    if "ClientError" in names and hasattr(error, "response"):
-        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+    status = _http_status(error)
+    if status:
+        return status >= 500 or status in (408, 409, 429)
     code = getattr(error, "errno", None)
     return bool(names & transient) or code in (errno.EIO, errno.EBUSY, errno.ESTALE)
 
@@ -162,15 +174,11 @@ def _attempt(call: Callable[[], T], uri: str, doing: str) -> T:
             return call()
         except SegbatchError:
             raise
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            ours = _translate(error, uri, doing)
-            if not ours.retryable or attempt == ATTEMPTS - 1:
-                raise ours from error
         except Exception as error:  # botocore and aiohttp raise their own trees
             ours = _translate(error, uri, doing)
             if not ours.retryable or attempt == ATTEMPTS - 1:
                 raise ours from error
-        time.sleep(random.uniform(0, 0.2 * 2**attempt))
+        time.sleep(random.uniform(0, _BACK_OFF_S * 2**attempt))
     raise AssertionError("unreachable")
 
 
@@ -190,9 +198,18 @@ def read_bytes(uri: str) -> bytes:
 def open_input(uri: str) -> IO[bytes]:
     """A seekable binary reader, for Parquet footers and row groups. The caller closes it."""
     if is_local(uri):
-        return _attempt(lambda: open(uri, "rb"), uri, "read")  # noqa: SIM115
+        return _attempt(lambda: open(uri, "rb"), uri, "read")
     filesystem, path = _split(uri)
-    return _attempt(lambda: filesystem.open(path, "rb", block_size=4 << 20), uri, "read")
+    return _persistent(_attempt(lambda: filesystem.open(path, "rb", block_size=4 << 20), uri, "read"), uri)
+
+
+def _persistent(file: IO[bytes], uri: str) -> IO[bytes]:
+    """An open remote file whose later reads are repeated and translated like every other call."""
+    cache = getattr(file, "cache", None)
+    if cache is not None and getattr(cache, "fetcher", None) is not None:
+        fetch = cache.fetcher
+        cache.fetcher = lambda start, stop: _attempt(lambda: fetch(start, stop), uri, "read")
+    return file
 
 
 def stat(uri: str) -> ObjectInfo | None:
@@ -319,22 +336,23 @@ def replace(uri: str, data: bytes, etag: str | None = None) -> None:
         return
     bucket, key, _ = filesystem.split_path(path)
 
-    def put() -> None:
-        try:
-            filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfMatch=f'"{etag}"')
-        except OSError as error:
-            if "PreconditionFailed" in str(error) or "412" in str(error) or "pre-condition" in str(error).lower():
-                raise ObjectExists(f"{uri} was changed by another writer") from error
-            raise
-
-    _attempt(put, uri, "write")
+    match = {"IfMatch": f'"{etag}"'}
+    try:
+        _attempt(lambda: filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **match), uri, "write")
+    except (ObjectExists, ObjectMissing) as error:
+        raise ObjectExists(f"{uri} was changed by another writer") from error
 
 
 def _write_temporary(uri: str, data: bytes) -> str:
     """Write ``data`` to a temporary file beside ``uri`` and flush it to the disk; on failure nothing is left."""
     folder = os.path.dirname(uri)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{_TEMPORARY}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:  # would read as "the key is taken"
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from error
+    except FileNotFoundError as error:  # a filesystem that takes no new folders, such as /proc
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder) from error
+    temporary = os.path.join(folder, f".{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -423,8 +441,18 @@ def delete(uri: str) -> None:
         _attempt(lambda: filesystem.rm_file(path), uri, "delete")
 
 
+def remove_empty_folder(uri: str) -> None:
+    """Remove a local folder if nothing is in it; elsewhere folders do not exist."""
+    if is_local(uri):
+        with contextlib.suppress(OSError):
+            os.rmdir(uri)
+
+
 def sweep_temporary(root: str, older_than_s: float = 3600.0) -> int:
-    """Remove temporary files that killed local writers left behind; returns how many. Remote stores have none."""
+    """Remove temporary files that killed local writers left behind; returns how many. Remote stores have none.
+
+    A writer on this machine is dead when its process is gone, any other one when its file is ``older_than_s``.
+    """
     if not is_local(root):
         return 0
     swept = 0
@@ -433,10 +461,18 @@ def sweep_temporary(root: str, older_than_s: float = 3600.0) -> int:
             path = os.path.join(folder, name)
             if name.startswith(".") and name.endswith(_TEMPORARY):
                 with contextlib.suppress(FileNotFoundError):
-                    if time.time() - os.stat(path).st_mtime > older_than_s:
+                    if _writer_is_gone(name) or time.time() - os.stat(path).st_mtime > older_than_s:
                         os.unlink(path)
                         swept += 1
     return swept
+
+
+def _writer_is_gone(name: str) -> bool:
+    """Whether a temporary file's writer was a process of this machine that has ended."""
+    node, pid, *_ = [*name[1:].rsplit(".", 3), ""]
+    return (
+        node == platform.node() and pid.isdigit() and os.path.exists("/proc/1") and not os.path.exists(f"/proc/{pid}")
+    )
 
 
 def check_writable(root: str) -> None:
@@ -447,7 +483,8 @@ def check_writable(root: str) -> None:
     """
     probe = join(root, ".segbatch", f"probe-{uuid.uuid4().hex}")
     try:
-        create(probe, b"1")
+        with contextlib.suppress(ObjectExists):  # nobody else knows the name: only the reply was lost
+            create(probe, b"1")
         try:
             create(probe, b"2")
         except ObjectExists:
@@ -468,7 +505,16 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     if is_local(uri):
         return pyarrow.fs.LocalFileSystem(), uri
     filesystem, path = _split(uri)
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+    scheme = uri.partition("://")[0]
+
+    class Handler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc]
+        """Opens files as ``open_input`` does."""
+
+        def open_input_file(self, path: str) -> Any:
+            """A seekable file."""
+            return pyarrow.PythonFile(open_input(f"{scheme}://{path}"), mode="r")
+
+    return pyarrow.fs.PyFileSystem(Handler(filesystem)), path
 
 
 def read_lines(uri: str) -> list[str]:

@@ -1,10 +1,11 @@
 """Fixtures that every test may use."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import s3
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -27,3 +28,37 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.S3Server]:
+    """A real S3 server on a free port, and the environment that leads to it; skips where it is not installed."""
+    from segbatch import storage
+
+    program = s3.program(PROJECT)
+    with (
+        s3.server(program, tmp_path_factory.mktemp("s3") / "server.log") as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        storage._remote.cache_clear()
+        yield server
+    storage._remote.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One local Ray for all tests, which runs find and use; gives the folder of the temporary files of its workers."""
+    import ray
+
+    folder = tmp_path_factory.mktemp("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]))
+        patch.setenv("RAY_TMPDIR", "/tmp")  # paths of sockets must be short
+        patch.setenv("TMPDIR", str(folder))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100 << 20}
+        ray.init(address="local", num_cpus=3, **options)
+    yield folder
+    ray.shutdown()

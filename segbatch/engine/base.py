@@ -1,12 +1,16 @@
 """What every engine is: map shards through workers and yield outcomes."""
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from segbatch.errors import EngineError, SegbatchError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task
+
+log = logging.getLogger(__name__)
 
 
 def _ignore_ready() -> None:
@@ -17,7 +21,7 @@ def _ignore_rows(done: int) -> None:
     """Nobody watches."""
 
 
-def _ignore_quarantine(sample_id: str, reason: str) -> None:
+def _ignore_quarantine(shard: ShardRef, sample_id: str, reason: str) -> None:
     """Nobody keeps it."""
 
 
@@ -28,14 +32,14 @@ class Control:
     Attributes:
         stop: set to drain: finish what is in flight, start nothing new.
         quarantine: sample ids that must not be touched, with the reason; the engine adds to it.
-        on_quarantine: called when the engine finds a sample that kills its process.
+        on_quarantine: called with shard, sample id and reason when the engine finds a sample that kills its process.
         on_ready: called when a worker is open (its model loaded) and work can begin.
         on_rows: called about once a second with the rows finished in this map.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
     quarantine: dict[str, str] = field(default_factory=dict)
-    on_quarantine: Callable[[str, str], None] = _ignore_quarantine
+    on_quarantine: Callable[[ShardRef, str, str], None] = _ignore_quarantine
     on_ready: Callable[[], None] = _ignore_ready
     on_rows: Callable[[int], None] = _ignore_rows
 
@@ -47,8 +51,8 @@ class Engine(Protocol):
         """Bring up what is needed before the first map (a local Ray)."""
         ...
 
-    def map(self, task: Task, shards: Iterable[ShardRef], control: Control) -> Iterator[Outcome]:
-        """Work on every shard and yield its outcome, in any order.
+    def map(self, task: Task, shards: Iterable[ShardRef], control: Control) -> Generator[Outcome]:
+        """Work on every shard and yield its outcome, in any order; closing the generator ends the work.
 
         Raises:
             StoppedError: ``control.stop`` was set and the run has drained.
@@ -60,3 +64,49 @@ class Engine(Protocol):
     def close(self) -> None:
         """Leave everything as it was before ``start``."""
         ...
+
+
+class Failures:
+    """Counts the failed attempts of each shard; the rules are the same for every engine."""
+
+    def __init__(self, attempts: int) -> None:
+        self._attempts = attempts
+        self._counts: dict[int, int] = {}
+        self._for_good: dict[int, str] = {}
+
+    def again(self, shard: ShardRef, reason: str) -> bool:
+        """Note a failed attempt; whether there may be another."""
+        count = self._counts[shard.number] = self._counts.get(shard.number, 0) + 1
+        log.warning("shard %d failed (attempt %d of %d): %s", shard.number, count, self._attempts, reason)
+        if count >= self._attempts:
+            self._for_good[shard.number] = reason
+        return count < self._attempts
+
+    def check(self) -> None:
+        """Call when everything else is done.
+
+        Raises:
+            EngineError: some shards failed for good.
+        """
+        if not self._for_good:
+            return
+        number, reason = next(iter(self._for_good.items()))
+        many = len(self._for_good) > 1
+        what = f"{len(self._for_good)} shards, for example {number}," if many else f"shard {number}"
+        raise EngineError(
+            f"{what} failed {self._attempts} times: {reason}",
+            "everything else is done; run the same command again to go on",
+        )
+
+
+def as_ours(error: BaseException) -> SegbatchError:
+    """A worker's own error, or a bug in it as an EngineError."""
+    if isinstance(error, SegbatchError):
+        return error
+    said = str(error).strip().splitlines()
+    return EngineError(f"a worker raised {type(error).__name__}: {said[0] if said else ''}", "this looks like a bug")
+
+
+def worth_repeating(error: SegbatchError) -> bool:
+    """Whether another attempt at the shard could help."""
+    return error.retryable or isinstance(error, EngineError)

@@ -1,14 +1,20 @@
 """The journal of an actor: which samples are in flight, on the node's own disk, so that it outlives the process."""
 
+import contextlib
 import json
 import mmap
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
+
+from segbatch.errors import StorageError
 
 _SLOT_BYTES = 8192
-_SLOTS = 64
+_PREFIX = "segbatch-journal-"
+_STALE_S = 24 * 3600.0
 
 
 class NullJournal:
@@ -22,13 +28,29 @@ class NullJournal:
 
 
 class FileJournal:
-    """A memory-mapped file of fixed slots; a note costs microseconds and survives ``kill -9``."""
+    """A memory-mapped file of fixed slots; a note costs microseconds and survives ``kill -9``.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        path: from ``new_path``.
+        slots: how many threads and stages may note something.
+
+    Raises:
+        StorageError: the disk has no room. Its blocks are taken here: a map without them ends the process later on.
+    """
+
+    def __init__(self, path: str, slots: int) -> None:
         self.path = path
-        with open(path, "w+b") as file:
-            file.truncate(_SLOT_BYTES * _SLOTS)
-            self._map = mmap.mmap(file.fileno(), _SLOT_BYTES * _SLOTS)
+        self._count = slots
+        try:
+            with open(path, "w+b") as file:
+                os.posix_fallocate(file.fileno(), 0, _SLOT_BYTES * slots)
+                self._map = mmap.mmap(file.fileno(), _SLOT_BYTES * slots)
+        except OSError as error:
+            remove(path)
+            raise StorageError(
+                f"cannot write a journal at {path}: {os.strerror(error.errno or 0)}",
+                "free space there or raise the limit, or set TMPDIR to another folder",
+            ) from error
         self._slots: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -50,34 +72,43 @@ class FileJournal:
         if index is None:
             with self._lock:
                 index = self._slots.setdefault(slot, len(self._slots))
-        if index >= _SLOTS:
-            raise ValueError(f"journal has {_SLOTS} slots, {slot} is one too many")
+        if index >= self._count:
+            raise ValueError(f"journal has {self._count} slots, {slot} is one too many")
         start = index * _SLOT_BYTES
         self._map[start : start + len(text) + 1] = text + b"\0"
 
 
 def new_path() -> str:
-    """A fresh path for a journal on this node."""
-    handle, path = tempfile.mkstemp(prefix="segbatch-journal-")
+    """A fresh path for a journal on this node; journals that dead drivers left a day ago are removed."""
+    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # gone already, or another user's
+            if time.time() - old.stat().st_mtime > _STALE_S:
+                old.unlink()
+    handle, path = tempfile.mkstemp(prefix=_PREFIX)
     os.close(handle)
     return path
+
+
+def remove(path: str) -> None:
+    """Forget a journal."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def read(path: str) -> list[tuple[int, str]]:
     """(shard, sample id) of everything in flight, what the model had first; the file is removed.
 
-    An empty list when the journal is gone with its node.
+    A note that was being written at the moment of death is left out.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        os.unlink(path)
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         return []
+    remove(path)
     entries = []
     for start in range(0, len(data), _SLOT_BYTES):
         text = data[start : start + _SLOT_BYTES].split(b"\0", 1)[0]
-        if text:
-            entries.append(json.loads(text))
+        with contextlib.suppress(ValueError):
+            entries += [json.loads(text)] if text else []
     entries.sort(key=lambda e: not str(e[0]).startswith("model"))
     return [(int(shard), str(i)) for _, shard, ids in entries for i in ids]

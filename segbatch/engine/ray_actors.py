@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,15 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from segbatch.config import EngineConfig
 from segbatch.engine import journal
-from segbatch.engine.base import Control
+from segbatch.engine.base import Control, Failures, as_ours, worth_repeating
 from segbatch.errors import EngineError, SegbatchError, StoppedError
 from segbatch.records import Outcome, ShardRef
-from segbatch.runs import Task
+from segbatch.runs import Task, committed
 from segbatch.version import __version__
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 _CPUS_PER_ACTOR = 4
 _TICK_S = 0.5
 _START_ATTEMPTS = 3
+_SPARE_SLOTS = 8
+_PARTING_S = 5.0
 _OBJECT_STORE_BYTES = 100 << 20
 
 
@@ -53,30 +55,36 @@ class _Actor:
         """Open the worker (load the model)."""
         self._worker = task.open(threads, self._journal)
 
-    def place(self) -> _Place:
+    def place(self, threads: int) -> _Place:
         """Node, process and journal."""
-        self._journal = journal.FileJournal(journal.new_path())
+        self._journal = journal.FileJournal(journal.new_path(), threads + _SPARE_SLOTS)
         return _Place(ray.get_runtime_context().get_node_id(), os.getpid(), self._journal.path)
 
     def run(self, shard: ShardRef, skip: dict[str, str]) -> Outcome:
-        """Work on one shard; called from up to ``in_flight`` threads."""
-        return self._worker.run(shard, skip)
+        """Work on one shard, unless it is finished already; called from up to ``in_flight`` threads."""
+        return committed(shard) or self._worker.run(shard, skip)
 
     def rows_done(self) -> int:
         """Rows finished by this actor so far."""
         return self._worker.rows_done
 
+    def forget(self) -> None:
+        """Remove the journal: this actor is no longer needed."""
+        journal.remove(self._journal.path)
+
 
 @ray.remote(max_retries=0)
 def _probe(task: Task, threads: int, path: str, suspects: list[tuple[ShardRef, str]]) -> None:
     """Do everything with each suspect, one by one; the journal at ``path`` tells the last one touched."""
-    notes = journal.FileJournal(path)
+    notes = journal.FileJournal(path, 1)
     worker = task.open(threads, journal.NullJournal())
-    for shard, sample_id in suspects:
-        notes.note("model", shard.number, [sample_id])
-        worker.probe(shard, sample_id)
-        notes.clear("model")
-    worker.close()
+    try:
+        for shard, sample_id in suspects:
+            notes.note("model", shard.number, [sample_id])
+            worker.probe(shard, sample_id)
+            notes.clear("model")
+    finally:
+        worker.close()
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -148,6 +156,7 @@ class RayEngine:
             ray.init(address=address, **options)
             return
         ray.init(
+            address="local",  # never somebody else's that happens to run on this machine
             num_cpus=max(os.cpu_count() or 1, 2),  # an actor and one CPU that stays free
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -155,9 +164,7 @@ class RayEngine:
         )
 
     def _check_versions(self) -> None:
-        for node in ray.nodes():
-            if not node["Alive"]:
-                continue
+        for node in _nodes():
             place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             try:
                 found = ray.get(_version.options(scheduling_strategy=place).remote(), timeout=60)
@@ -178,7 +185,7 @@ class RayEngine:
             ray.shutdown()
         self._owns_ray = False
 
-    def map(self, task: Task, shards: Iterable[ShardRef], control: Control) -> Iterator[Outcome]:
+    def map(self, task: Task, shards: Iterable[ShardRef], control: Control) -> Generator[Outcome]:
         """Work on the shards with as many actors as the machines carry."""
         driver = _Driver(self._config, task, shards, control)
         try:
@@ -194,67 +201,59 @@ class _Driver:
         self._config, self._control = config, control
         self._task = ray.put(task)
         self._fresh = iter(shards)
-        self._again: deque[ShardRef] = deque()
-        self._attempts: dict[int, int] = {}
-        self._failed: dict[int, str] = {}
+        self._waiting: deque[ShardRef] = deque()
+        self._failures = Failures(config.attempts)
         self._slots: list[_Slot] = []
         self._bad_starts = 0
-        self._rows = 0
+        self._rows = self._seen_rows = self._reported = 0
         self._progress_at = time.monotonic()
-        self._reported = 0
-        self._share()
-
-    def _share(self) -> None:
-        """How many actors, and the CPUs and threads of each; one CPU of the cluster stays free of actors."""
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        self._actors = self._config.actors or max((cpus - 1) // _CPUS_PER_ACTOR, 1)
-        self._cpus = max((cpus - 1) // self._actors, 1) if cpus > 1 else 1
-        self._threads = self._config.threads or max(cpus // self._actors, 1)
+        nodes = [_cpus(n) for n in _nodes()]
+        self._actors, self._cpus = layout(nodes, config.actors)
+        self._threads = config.threads or max(sum(nodes) // self._actors, 1)
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def outcomes(self) -> Iterator[Outcome]:
         """Run everything; see ``Engine.map``."""
-        while True:
+        while self._has_work():
             if self._control.stop.is_set():
                 yield from self._drain()
-                raise StoppedError("stopped before the end", "run the same command again to go on")
-            self._fill()
-            if not self._slots:
                 break
+            self._fill()
             yield from self._step(_TICK_S)
             self._check_stalled()
-        if self._failed:
-            number, reason = next(iter(self._failed.items()))
-            raise EngineError(
-                f"{len(self._failed)} shards failed {self._config.attempts} times, for example shard {number}: {reason}",
-                "everything else is done; run the same command again to retry them",
-            )
+        if self._has_work():
+            raise StoppedError("stopped before the end", "run the same command again to go on")
+        self._failures.check()
+
+    def _has_work(self) -> bool:
+        return any(s.running for s in self._slots) or self._queued(1) > 0
+
+    def _queued(self, wanted: int) -> int:
+        """How many shards wait, counted up to ``wanted``: the rest of them stay in their stream."""
+        while len(self._waiting) < wanted and (shard := next(self._fresh, None)) is not None:
+            self._waiting.append(shard)
+        return len(self._waiting)
 
     def _fill(self) -> None:
-        """Give every ready actor work, start actors while there is more, let go of those without."""
-        for slot in list(self._slots):
-            while slot.ready and len(slot.running) < self._config.in_flight and (shard := self._next()) is not None:
-                reference = slot.handle.run.remote(shard, self._control.quarantine)
-                slot.running[reference] = shard
-            if slot.ready and not slot.running:
-                ray.kill(slot.handle)
-                self._slots.remove(slot)
-        while len(self._slots) < self._actors and (shard := self._next()) is not None:
-            self._again.appendleft(shard)
-            if len(self._again) <= sum(not s.ready for s in self._slots) * self._config.in_flight:
-                break  # actors on their way will take it
-            self._slots.append(self._start_actor())
+        """Give ready actors work, the idle ones first; start actors while there is more.
 
-    def _next(self) -> ShardRef | None:
-        if self._again:
-            return self._again.popleft()
-        return next(self._fresh, None)
+        An actor without work stays: what is in flight elsewhere may come back.
+        """
+        for depth in range(self._config.in_flight):
+            for slot in self._slots:
+                if slot.ready and len(slot.running) <= depth and self._queued(1):
+                    shard = self._waiting.popleft()
+                    slot.running[slot.handle.run.remote(shard, self._control.quarantine)] = shard
+        coming = sum(not s.ready for s in self._slots)
+        while len(self._slots) < self._actors and self._queued(coming + 1) > coming:
+            self._slots.append(self._start_actor())
+            coming += 1
 
     def _start_actor(self) -> _Slot:
         options = {"num_cpus": self._cpus, "max_restarts": 0, "max_concurrency": self._config.in_flight + 2}
-        handle = ray.remote(_Actor).options(**options).remote()
-        return _Slot(handle, handle.place.remote())
+        handle: Any = ray.remote(_Actor).options(**options).remote()
+        return _Slot(handle, handle.place.remote(self._threads))
 
     def _step(self, wait_s: float) -> Iterator[Outcome]:
         """Wait for something to happen and deal with it."""
@@ -263,7 +262,7 @@ class _Driver:
         for slot in list(self._slots):
             try:
                 yield from self._serve(slot, done)
-            except RayActorError as error:
+            except RayError as error:  # not what a worker raised: that is a RayTaskError and dealt with
                 self._bury(slot, error)
         self._report()
 
@@ -293,7 +292,11 @@ class _Driver:
         try:
             result = ray.get(slot.opening)
         except RayTaskError as error:
-            raise _ours(error) from error
+            self._slots.remove(slot)
+            ray.kill(slot.handle)
+            self._bad_start(_cause(error))
+            return
+        self._progress_at = time.monotonic()
         if isinstance(result, _Place):
             slot.place = result
             slot.opening = slot.handle.open.remote(self._task, self._threads)
@@ -301,67 +304,84 @@ class _Driver:
         slot.opening, slot.ready = None, True
         self._control.on_ready()
         self._bad_starts = 0
-        self._progress_at = time.monotonic()
+
+    def _bad_start(self, error: SegbatchError) -> None:
+        """Another actor is started in its place, unless that cannot help."""
+        self._bad_starts += 1
+        if not worth_repeating(error) or self._bad_starts >= _START_ATTEMPTS:
+            raise error
+        log.warning("an actor could not start (attempt %d of %d): %s", self._bad_starts, _START_ATTEMPTS, error)
 
     def _report(self) -> None:
         rows = self._rows + sum(s.partial_rows() for s in self._slots)
+        if rows != self._seen_rows:  # fewer after a death
+            self._seen_rows = rows
+            self._progress_at = time.monotonic()
         if rows > self._reported:
             self._reported = rows
-            self._progress_at = time.monotonic()
             self._control.on_rows(rows)
 
     def _check_stalled(self) -> None:
         waited = time.monotonic() - self._progress_at
-        if waited > self._config.stall_s:
-            busy = sorted(s.number for slot in self._slots for s in slot.running.values())
+        if waited <= self._config.stall_s:
+            return
+        busy = sorted(s.number for slot in self._slots for s in slot.running.values())
+        longer = "--set engine.stall_s=N waits longer"
+        if busy:
             raise EngineError(
-                f"no row was finished in {waited:.0f} s; in flight: shards {busy or 'none, waiting for actors to start'}",
-                "look at the actors' logs and the cluster's free CPUs; --set engine.stall_s=N waits longer",
+                f"no row was finished in {waited:.0f} s; in flight: shards {', '.join(map(str, busy))}",
+                f"look at the actors' logs; {longer}",
             )
+        if any(s.place for s in self._slots):
+            raise EngineError(f"the model was not loaded in {waited:.0f} s", f"look at the actors' logs; {longer}")
+        free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+        total = sum(_cpus(n) for n in _nodes())
+        raise EngineError(
+            f"no actor could start in {waited:.0f} s: one needs {self._cpus} CPUs, {free:g} of the cluster's "
+            f"{total:g} are free",
+            f"wait until others are done; {longer}",
+        )
 
     # -- failures ----------------------------------------------------------------------------------------------
 
     def _raised(self, shard: ShardRef, error: RayTaskError) -> None:
         """A worker raised: again if that can help, else the run ends."""
-        ours = _ours(error)
-        if not ours.retryable and not isinstance(ours, EngineError):
+        ours = _cause(error)
+        if not worth_repeating(ours):
             raise ours from error
         self._requeue(shard, str(ours))
 
     def _requeue(self, shard: ShardRef, reason: str) -> None:
-        count = self._attempts[shard.number] = self._attempts.get(shard.number, 0) + 1
-        log.warning("shard %d failed (attempt %d): %s", shard.number, count, reason)
-        if count >= self._config.attempts:
-            self._failed[shard.number] = reason
-        else:
-            self._again.append(shard)
+        if self._failures.again(shard, reason):
+            self._waiting.append(shard)
 
-    def _bury(self, slot: _Slot, error: RayActorError) -> None:
+    def _bury(self, slot: _Slot, error: RayError) -> None:
         """An actor died: find out whether a sample killed it, then put its shards back."""
         self._slots.remove(slot)
-        shards = {s.number: s for s in slot.running.values()}
-        self._progress_at = time.monotonic()
-        log.warning("an actor died with %d shards in flight: %s", len(shards), _last_line(error))
+        ray.kill(slot.handle)  # it may only be out of reach
+        log.warning("an actor died with %d shards in flight: %s", len(slot.running), _last_line(error))
         if not slot.ready:
-            self._bad_starts += 1
-            if self._bad_starts >= _START_ATTEMPTS:
-                raise EngineError(f"actors die while they start: {_last_line(error)}", "is there enough memory?")
+            self._journal_of(slot)
+            fix = "look at the actors' logs; is there enough memory?"
+            self._bad_start(EngineError(f"actors die while they start: {_last_line(error)}", fix))
             return
-        notes = self._journal_of(slot)
-        suspects = [(shards[number], sample) for number, sample in notes if number in shards]
-        culprit = self._find_culprit(suspects) if suspects else None
-        if culprit is not None:
-            reason = "processing this image killed its process twice"
-            self._control.quarantine[culprit] = reason
-            self._control.on_quarantine(culprit, reason)
-        for shard in shards.values():
-            if culprit is not None and any(s.number == shard.number and i == culprit for s, i in suspects):
-                self._again.appendleft(shard)  # the cause is known and will be skipped: no attempt is charged
-            else:
+        shards = {s.number: s for s in slot.running.values()}
+        suspects = [(shards[number], sample) for number, sample in self._journal_of(slot) if number in shards]
+        culprit = self._find_culprit(slot, suspects) if suspects and not self._control.stop.is_set() else None
+        self._progress_at = time.monotonic()
+        if culprit is None:
+            for shard in shards.values():
                 self._requeue(shard, "its actor died")
+            return
+        shard, sample_id = culprit
+        reason = "processing this image killed its process twice"
+        log.warning("image %s of shard %d is quarantined: %s", sample_id, shard.number, reason)
+        self._control.quarantine[sample_id] = reason
+        self._control.on_quarantine(shard, sample_id, reason)
+        self._waiting.extendleft(shards.values())  # the cause is known and will be skipped: no attempt is charged
 
     def _journal_of(self, slot: _Slot) -> list[tuple[int, str]]:
-        """What was in flight; empty when the node has gone too."""
+        """What was in flight; empty when the node has gone too. The file is removed."""
         if slot.place is None:
             return []
         return self._on_node(slot.place.node, _read_journal, slot.place.journal) or []
@@ -374,21 +394,34 @@ class _Driver:
             log.warning("node %s cannot be asked: %s", node, _last_line(error))
             return None
 
-    def _find_culprit(self, suspects: list[tuple[ShardRef, str]]) -> str | None:
-        """Run the suspects one by one in a process of their own; the one at which it dies."""
-        node = ray.get_runtime_context().get_node_id()
+    def _find_culprit(self, slot: _Slot, suspects: list[tuple[ShardRef, str]]) -> tuple[ShardRef, str] | None:
+        """Run the suspects one by one in a process of their own, on the same node; the one at which it dies."""
+        assert slot.place is not None
+        node = slot.place.node
         path = self._on_node(node, _new_journal_path)
-        place = NodeAffinitySchedulingStrategy(node, soft=True)
-        options = {"num_cpus": self._cpus, "scheduling_strategy": place}
+        if path is None:
+            return None
+        options = {"num_cpus": self._cpus, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+        probing = _probe.options(**options).remote(self._task, self._threads, path, suspects)
+        died = self._dies(probing)
+        notes = self._on_node(node, _read_journal, path) or []
+        return next((s for s in suspects if died and (s[0].number, s[1]) in notes[:1]), None)
+
+    def _dies(self, probing: Any) -> bool:
+        """Whether a probe ends in the death of its process; False too when it takes too long or the run is stopped."""
+        until = time.monotonic() + self._config.stall_s
+        while not ray.wait([probing], timeout=_TICK_S)[0]:
+            if self._control.stop.is_set() or time.monotonic() > until:
+                ray.cancel(probing, force=True)
+                log.warning("probing was given up")
+                return False
         try:
-            ray.get(_probe.options(**options).remote(self._task, self._threads, path, suspects))
-            return None
-        except WorkerCrashedError:
-            notes = self._on_node(node, _read_journal, path) or []
-            return notes[0][1] if notes else None
-        except RayTaskError as error:
+            ray.get(probing)
+        except (WorkerCrashedError, OutOfMemoryError):
+            return True
+        except RayError as error:
             log.warning("probing raised: %s", _last_line(error))
-            return None
+        return False
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -400,19 +433,50 @@ class _Driver:
 
     def kill(self) -> None:
         """End every actor; what they had in flight is not lost, only not done."""
+        if not ray.is_initialized():
+            return
+        parting = [s.handle.forget.remote() for s in self._slots if s.place is not None]
+        if parting:
+            ray.wait(parting, num_returns=len(parting), timeout=_PARTING_S)
         for slot in self._slots:
             ray.kill(slot.handle)
+        here = ray.get_runtime_context().get_node_id()
+        pids = [s.place.pid for s in self._slots if s.place is not None and s.place.node == here]
+        until = time.monotonic() + _PARTING_S
+        while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < until:
+            time.sleep(0.01)
         self._slots = []
 
 
-def _ours(error: RayTaskError) -> SegbatchError:
-    """The worker's own error, or a bug in it as an EngineError with its last line."""
-    cause = error.cause
-    if isinstance(cause, SegbatchError):
-        return cause
-    return EngineError(f"a worker raised {type(cause).__name__}: {cause}", "this looks like a bug; see the Ray logs")
+def layout(node_cpus: Sequence[int], wanted: int = 0) -> tuple[int, int]:
+    """How many actors, and how many CPUs each; one CPU of the largest node stays free of actors.
+
+    Args:
+        node_cpus: CPUs of each node; at least one has some.
+        wanted: number of actors; 0 picks it.
+
+    >>> layout([2]), layout([16]), layout([16], wanted=5), layout([4, 4, 4, 4])
+    ((1, 1), (3, 5), (5, 3), (4, 3))
+    """
+    largest, *others = sorted(node_cpus, reverse=True)
+    usable = [max(largest - 1, 1), *others]
+    actors = wanted or sum(max(n // _CPUS_PER_ACTOR, 1) for n in usable if n)
+    fitting = (c for c in range(max(usable), 0, -1) if sum(n // c for n in usable) >= actors)
+    return actors, next(fitting, 1)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _cpus(node: dict[str, Any]) -> int:
+    return int(node["Resources"].get("CPU", 0))
+
+
+def _cause(error: RayTaskError) -> SegbatchError:
+    return as_ours(error.cause)
 
 
 def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].split(" Some common causes")[0] if lines else type(error).__name__

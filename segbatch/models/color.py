@@ -19,10 +19,10 @@ from segbatch.models.config import ColorConfig
 def color_codes(rgb: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     """Number of each pixel's quantised colour: (..., 3) -> (...), red in the highest bits, 0 .. 2**(3 * bits) - 1."""
     shift = 8 - bits
-    code: NDArray[np.uint32] = (rgb[..., 0] >> shift).astype(np.uint32) << (2 * bits)
+    code = (rgb[..., 0] >> shift).astype(np.uint32) << (2 * bits)
     code |= (rgb[..., 1] >> shift).astype(np.uint32) << bits
     code |= (rgb[..., 2] >> shift).astype(np.uint32)
-    return code
+    return code.astype(np.uint32, copy=False)
 
 
 def smoothed_frequencies(counts: NDArray[np.int64], bits: int, smoothing: float) -> NDArray[np.float64]:

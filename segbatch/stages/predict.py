@@ -4,13 +4,15 @@ Three stages overlap inside a worker: decoding threads, the model (one thread at
 threads. Windows are bounded, so memory is flat whatever the size of the shard.
 """
 
+import bisect
+import itertools
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,13 @@ from segbatch import schemas, storage, tables
 from segbatch.codecs import photo, runlength
 from segbatch.codecs.columns import class_pixels_array, runs_array
 from segbatch.codecs.runlength import Runs
-from segbatch.errors import DataError
+from segbatch.errors import DataError, ObjectMissing, StorageError
 from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
 from segbatch.models.registry import ModelSource
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.runs import Journal, commit, items_of
 
+_MODEL_ERRORS = (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
 _ROWS_PER_BATCH = 64
 _SAMPLE_COLUMNS = ["sample_id", "group_id", "image", "image_uri", "etag", "status"]
 
@@ -112,32 +115,33 @@ class PredictWorker:
     def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
         """Predict a shard; see ``runs.Worker.run``."""
         started = time.perf_counter()
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
         writer = tables.PartWriter("masks")
         items = items_of(shard)
-        if shard.mode == "retry":
-            self._redo(shard, items, writer, skip, seconds)
-        else:
-            for batch in self._batches(shard.number, _photos(items), skip, seconds):
-                writer.write(batch)
+        there = storage.stat(shard.uri) if shard.mode != "create" else None
+        rows = self._renew if there is not None else self._batches
+        for batch in rows(shard, _photos(items), skip, seconds):
+            writer.write(batch)
         seconds["total"] = time.perf_counter() - started
-        return commit(shard, writer, seconds, {"segbatch.source": _source_of(items)})
+        basis = there.etag if there is not None else ""
+        return commit(shard, writer, seconds, {"segbatch.source": _source_of(items)}, basis)
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Decode, predict and encode one sample, without writing."""
         wanted = (p for p in _photos(items_of(shard)) if p.sample_id == sample_id)
-        for _ in self._batches(shard.number, wanted, {}, Counter()):
+        for _ in self._batches(shard, wanted, {}, {}):
             continue
 
     # -- the pipeline ------------------------------------------------------------------------------------------
 
     def _batches(
-        self, shard: int, photos: Iterable[_Photo], skip: Mapping[str, str], seconds: Counter[str]
+        self, shard: ShardRef, photos: Iterable[_Photo], skip: Mapping[str, str], seconds: dict[str, float]
     ) -> Iterator[pa.RecordBatch]:
         """Rows of ``photos`` in order, as record batches; adds up wall time by stage."""
         pending: list[_Row] = []
-        for row in self._rows(shard, photos, skip):
-            seconds.update(row.seconds)
+        for row in self._rows(shard.number, photos, skip):
+            for stage, spent in row.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent
             pending.append(row)
             if len(pending) >= _ROWS_PER_BATCH:
                 yield masks_batch(pending, self._digest)
@@ -161,9 +165,12 @@ class PredictWorker:
 
     def _finished(self, future: Future[list[_Row]]) -> list[_Row]:
         rows = future.result()
-        with self._count_lock:
-            self._rows_done += len(rows)
+        self._count(len(rows))
         return rows
+
+    def _count(self, rows: int) -> None:
+        with self._count_lock:
+            self._rows_done += rows
 
     def _decode(self, shard: int, photos: Sequence[_Photo], skip: Mapping[str, str]) -> list[_Row]:
         """Read, decode and prepare, in a codec thread."""
@@ -191,8 +198,12 @@ class PredictWorker:
             row.prepared = self._predictor.prepare(photo.upright(rgb, info.exif_orientation))
         except DataError as error:
             row.fail(error.code, str(error))
-        except storage.ObjectMissing:
+        except ObjectMissing:
             row.fail("missing", f"{row.photo.uri} was listed but is not there any more")
+        except StorageError as error:
+            if error.retryable:
+                raise
+            row.fail("unreadable", str(error))
 
     def _forward(self, shard: int, rows: list[_Row]) -> Future[list[_Row]]:
         """Run the model on the good rows, then hand all of them to an encoding thread."""
@@ -209,13 +220,12 @@ class PredictWorker:
         started = time.perf_counter()
         try:
             raws = self._predictor.forward([r.prepared for r in rows if r.prepared is not None])
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except _MODEL_ERRORS as error:
             if "CUDA error" in str(error):
                 os._exit(70)  # the context is lost: only a new process helps, and it is no row's fault
             if len(rows) == 1:
-                rows[0].fail(
-                    "model-error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                )
+                said = str(error).strip().splitlines()
+                rows[0].fail("model-error", f"the model raised {type(error).__name__}: {said[0] if said else ''}")
                 return
             half = len(rows) // 2
             self._predict(rows[:half])
@@ -243,37 +253,71 @@ class PredictWorker:
         self._journal.clear(slot)
         return rows
 
-    # -- retry -------------------------------------------------------------------------------------------------
+    # -- rows that are there already --------------------------------------------------------------------------
 
-    def _redo(
-        self,
-        shard: ShardRef,
-        items: Sequence[PlanItem],
-        writer: tables.PartWriter,
-        skip: Mapping[str, str],
-        seconds: Counter[str],
-    ) -> None:
-        """Predict the rows whose status is an error anew and copy the others."""
-        status = [s for b in tables.batches(shard.uri, "masks", ["status"]) for s in b.column(0).to_pylist()]
-        bad = [s != OK for s in status]
-        photos = (p for p, redo in zip(_photos(items), bad, strict=True) if redo)
-        redone = pa.Table.from_batches(list(self._batches(shard.number, photos, skip, seconds)), schemas.MASKS)
-        position, taken = 0, 0
-        for batch in tables.batches(shard.uri, "masks"):
-            here = bad[position : position + batch.num_rows]
-            position += batch.num_rows
-            if any(here):
-                batch = _merge(batch, here, redone.slice(taken, sum(here)))
-                taken += sum(here)
-            writer.write(batch)
+    def _renew(
+        self, shard: ShardRef, photos: Iterable[_Photo], skip: Mapping[str, str], seconds: dict[str, float]
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of ``photos`` in order: good rows of the result that is there are copied, the others predicted.
+
+        A retry copies every good row; a rewrite only those whose file is as it was.
+        """
+        with _Present(shard.uri) as present:
+            for copied, group in itertools.groupby(photos, lambda p: present.position(p, shard.mode) is not None):
+                if not copied:
+                    chosen = (_as_it_is(p) if shard.mode == "retry" else p for p in group)
+                    yield from self._batches(shard, chosen, skip, seconds)
+                    continue
+                for chunk in _chunks(group, _ROWS_PER_BATCH):
+                    yield present.rows([p for p in (present.position(c, shard.mode) for c in chunk) if p is not None])
+                    self._count(len(chunk))
 
 
-def _merge(old: pa.RecordBatch, bad: Sequence[bool], redone: pa.Table) -> pa.RecordBatch:
-    """``old`` with its bad rows replaced by ``redone``, in place."""
-    fresh = iter(range(old.num_rows, old.num_rows + redone.num_rows))
-    order = [next(fresh) if b else i for i, b in enumerate(bad)]
-    both = pa.concat_tables([pa.Table.from_batches([old]).cast(schemas.MASKS), redone])
-    return both.take(pa.array(order)).combine_chunks().to_batches()[0]
+class _Present:
+    """Good rows of a shard's result; a context manager. Rows are asked for in about the order of the file."""
+
+    def __init__(self, uri: str) -> None:
+        self._file = tables.open_part(uri, "masks")
+        self._positions: dict[tuple[str, str], tuple[int, str]] = {}
+        self._group = -1
+        self._rows: pa.Table | None = None
+        self._first: list[int] = [0]
+        for group in range(self._file.num_row_groups):
+            self._first.append(self._first[-1] + self._file.metadata.row_group(group).num_rows)
+        columns = self._file.read(["sample_id", "image_uri", "etag", "status"], use_threads=False).to_pylist()
+        for position, row in enumerate(columns):
+            if row["status"] == OK:
+                self._positions[row["sample_id"], row["image_uri"]] = (position, row["etag"])
+
+    def __enter__(self) -> "_Present":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def position(self, photo: _Photo, mode: str) -> int | None:
+        """Where the row is that can stand for ``photo``; None when there is none."""
+        position, etag = self._positions.get((photo.sample_id, photo.uri), (None, ""))
+        return position if mode == "retry" or etag == photo.etag else None
+
+    def rows(self, positions: Sequence[int]) -> pa.RecordBatch:
+        """The rows at ``positions``."""
+        pieces = []
+        for group, members in itertools.groupby(positions, lambda p: bisect.bisect_right(self._first, p) - 1):
+            if group != self._group or self._rows is None:
+                self._rows = self._file.read_row_group(group, columns=schemas.MASKS.names, use_threads=False)
+                self._group = group
+            pieces.append(self._rows.take(pa.array([p - self._first[group] for p in members])))
+        rows = pa.concat_tables(pieces).select(schemas.MASKS.names).cast(schemas.MASKS)
+        return rows.combine_chunks().to_batches()[0]
+
+
+def _as_it_is(item: _Photo) -> _Photo:
+    """The photo with the tag of its file as it is now: it may have been mended since it was planned."""
+    if item.data is not None:
+        return item
+    found = storage.stat(item.uri)
+    return item if found is None else replace(item, etag=found.etag)
 
 
 def _stored(labels: NDArray[np.uint16], row: _Row) -> NDArray[np.uint16]:

@@ -167,8 +167,7 @@ class SampleSet:
 
     def _decode(self, batch: pa.RecordBatch) -> Pair:
         row = batch.drop_columns(["semantic"]).to_pylist()[0]
-        data = row["image"] if row["image"] is not None else storage.read_bytes(row["image_uri"])
-        rgb, found = photo.decode(data, row["image_uri"])
+        rgb, found = _photo(row)
         runs = runs_at(batch.column("semantic"), 0)
         size = row["height"], row["width"]
         labelled = int(runs.lengths.sum(dtype=np.int64)) if runs is not None else 0
@@ -191,3 +190,13 @@ class SampleSet:
             )
         turn = row["exif_orientation"] or 1
         return Pair(photo.upright(rgb, turn), np.ascontiguousarray(photo.upright(classes.astype(np.int16), turn)))
+
+
+def _photo(row: dict[str, Any]) -> tuple[NDArray[np.uint8], photo.PhotoInfo]:
+    """The decoded photo of a row, from the table or, where that holds none, from its own place."""
+    data = row["image"] if row["image"] is not None else storage.read_bytes(row["image_uri"])
+    try:
+        return photo.decode(data, row["image_uri"])
+    except DataError as error:
+        problem = f"sample {row['sample_id']}: {error.problem}"
+        raise DataError(problem, "ingest the samples anew", error.code, row["image_uri"]) from error

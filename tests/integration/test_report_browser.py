@@ -7,16 +7,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
-from test_report import evaluated, shots_of
+from toy_evaluation import evaluated, shots_of
 
 from segbatch.report import write_report
 
@@ -33,7 +30,9 @@ FLAGS = (
     "--virtual-time-budget=8000",
 )
 
-PROBE = """<!DOCTYPE html><iframe src="report.html" style="width:%dpx;height:900px;border:0"></iframe><pre id="found"></pre>
+PROBE = """<!DOCTYPE html>
+<iframe src="report.html" style="width:%dpx;height:900px;border:0"></iframe>
+<pre id="found"></pre>
 <script>
 document.querySelector("iframe").onload = event => {
   const page = event.target.contentDocument, root = page.documentElement;

@@ -226,7 +226,7 @@ def test_a_missing_prediction_is_an_error_that_names_it(tmp_path: Path) -> None:
     write_part(tmp_path / "masks", "masks", 0, shifted(truth)[:6])
     run_all(tmp_path)
     with pytest.raises(
-        IncompleteRunError, match="4 of 10 samples.*4 missing.*e.g. s6, s7, s8 .*run the predict command"
+        IncompleteRunError, match=r"4 of 10 samples.*4 missing.*e.g. s6, s7, s8 .*run the predict command"
     ):
         finish(tmp_path)
     assert value_of(finish(tmp_path, missing="skip"), "images_skipped") == 4.0

@@ -53,24 +53,24 @@ def by_name(figures: Iterable[Figure]) -> dict[tuple[str, str], float | None]:
 
 
 def camvid_script(pairs: Sequence[tuple[Map, Map]]) -> tuple[float, float, float]:
-    """compute_test_results.m step by step, ids counted from 1 as there: (global acc, class acc, mean IoU)."""
+    """compute_test_results.m pixel by pixel, ids counted from 1 as there: (global acc, class acc, mean IoU)."""
     n, unknown = 11, 12
-    cf = np.zeros((n + 1, n + 1))
-    right = total = 0.0
+    cf = [[0] * (n + 1) for _ in range(n + 1)]
+    right = total = 0
     for truth, predicted in pairs:
-        annot, pred = truth.astype(int) + 1, predicted.astype(int) + 1
-        ignore = annot == unknown
-        annot[ignore], pred[ignore] = 0, 0
-        total += (annot > 0).sum()
-        for j in range(1, n + 1):
-            for k in range(1, n + 1):
-                cf[j, k] += ((annot == j) & (pred == k)).sum()
-            right += ((annot == j) & (pred == j)).sum()
+        for annot, pred in zip((truth.ravel() + 1).tolist(), (predicted.ravel() + 1).tolist(), strict=True):
+            if annot == unknown:
+                continue
+            total += 1
+            if annot <= n and pred <= n:
+                cf[annot][pred] += 1
+                right += annot == pred
     accuracy = iou = 0.0
     for i in range(1, n + 1):
-        if cf[i].sum() > 0:
-            accuracy += cf[i, i] / cf[i].sum()
-            iou += cf[i, i] / (cf[i].sum() + cf[:, i].sum() - cf[i, i])
+        row, column = sum(cf[i]), sum(line[i] for line in cf)
+        if row > 0:
+            accuracy += cf[i][i] / row
+            iou += cf[i][i] / (row + column - cf[i][i])
     return (right / total if total else math.nan), accuracy / n, iou / n
 
 
@@ -181,7 +181,7 @@ def test_confusion_names_void_predictions_and_leaves_out_ignored_truth() -> None
 def test_sizes_that_differ_are_refused_by_name() -> None:
     metric = SemanticMetric(CAMVID)
     truth = row_of(as_map([[0, 0]]), schemas.SAMPLES, "street/7")
-    with pytest.raises(DataError, match="street/7.*2 x 1 pixels.*1 x 2") as caught:
+    with pytest.raises(DataError, match=r"street/7.*2 x 1 pixels.*1 x 2") as caught:
         metric.update(truth, row_of(as_map([[0], [0]]), schemas.MASKS))
     assert caught.value.code == "size-mismatch"
 
@@ -219,7 +219,7 @@ def test_camvid_refuses_other_classes() -> None:
 
 
 def test_unknown_protocols_name_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean camvid.*known: camvid, camvid-strict, semantic"):
+    with pytest.raises(ConfigError, match=r"did you mean camvid.*known: camvid, camvid-strict, semantic"):
         registry.make("camvit", CAMVID)
 
 
