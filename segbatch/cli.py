@@ -433,7 +433,7 @@ def _show_preview(preview: Any, as_json: bool) -> None:
 
 def _show_figures(figures: Any, classes: bool = True) -> None:
     overall = [f for f in figures if not f.class_name and not f.slice]
-    _show_rows(["figure", "value"], [[f.metric, _number(f.value)] for f in overall])
+    _show_rows(["figure", "value"], [[f.metric, _number(f.value, f.metric)] for f in overall])
     if not classes:
         return
     named = [f for f in figures if f.class_name and not f.slice]
@@ -444,10 +444,10 @@ def _show_figures(figures: Any, classes: bool = True) -> None:
     _show_rows(["class", *columns], [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items()])
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, metric: str = "") -> str:
     if value is None:
         return "-"
-    return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+    return f"{value:.0f}" if metric.startswith("images_") else f"{value:.4f}"
 
 
 def _show_catalogue(family: Literal["models", "datasets", "metrics"], as_json: bool) -> None:
