@@ -17,6 +17,7 @@ WORST = 3
 """Pictures of a night; each is 50 to 150 kB."""
 
 _LINKS = ("http://", "https://", "s3://", "file://")
+_COUNTS = "images_"
 _CLASSES_SHOWN = 3
 
 
@@ -28,13 +29,15 @@ def publish_figures(name: str, metrics: str, figures: Sequence[Figure]) -> None:
         metrics: run root of the evaluation.
         figures: of the evaluation.
     """
-    whole = [{"figure": f.metric, "value": _rounded(f.value)} for f in figures if not f.class_name and not f.slice]
+    whole = [
+        {"figure": f.metric, "value": _rounded(f.metric, f.value)} for f in figures if not f.class_name and not f.slice
+    ]
     create_table_artifact(table=whole, key=f"{name}-figures", description=f"Figures over all classes. From {metrics}")
     rows: dict[str, dict[str, Any]] = {}
     for figure in figures:
         if figure.class_name and not figure.slice:
             row = rows.setdefault(figure.class_name, {"class": figure.class_name})
-            row[figure.metric] = _rounded(figure.value)
+            row[figure.metric] = _rounded(figure.metric, figure.value)
     if rows:
         table = list(rows.values())
         create_table_artifact(table=table, key=f"{name}-classes", description=f"Figures by class. From {metrics}")
@@ -58,7 +61,7 @@ def publish_summary(name: str, metrics: str, report: str, headline: Mapping[str,
         "",
         "| figure | value |",
         "|---|---|",
-        *(f"| {metric} | {_words(value)} |" for metric, value in headline.items()),
+        *(f"| {metric} | {_words(metric, value)} |" for metric, value in headline.items()),
         "",
         f"Report: [{report}]({link})" if followed else f"Report: `{report}`",
         "",
@@ -97,11 +100,13 @@ def _code(text: str) -> str:
     return f"`{text.replace('`', ' ')}`" if text else ""
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
+def _rounded(metric: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    return int(value) if metric.startswith(_COUNTS) else round(value, 6)
 
 
-def _words(value: float | None) -> str:
+def _words(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+    return f"{value:.0f}" if metric.startswith(_COUNTS) else f"{value:.4f}"

@@ -13,8 +13,8 @@ from segbatch.errors import SegbatchError
 from segbatch.version import __version__
 
 if TYPE_CHECKING:
-    from segbatch.jobs import Limits, RunResult
     from segbatch.config import RunOptions
+    from segbatch.jobs import Limits, RunResult
 
 app = App(
     name="segbatch",
@@ -352,8 +352,8 @@ class _Terminal:
         self._console = Console(stderr=True, highlight=False)
         self._bar: Any = None
         self._task: Any = None
-        self._total = self._done = 0
-        self._unit = ""
+        self._total = 0
+        self._what = self._unit = ""
         self._began = self._said = 0.0
 
     def say(self, text: str) -> None:
@@ -362,10 +362,10 @@ class _Terminal:
 
     def begin(self, what: str, total: int, unit: str = "images") -> None:
         """Start the bar."""
-        self._total, self._done, self._unit = total, 0, unit
+        self._what, self._total, self._unit = what, total, unit
         self._began = self._said = time.monotonic()
         if not self._console.is_terminal:
-            self.say(f"{what}: {total} {unit}")
+            self.say(what if unit == "%" else f"{what}: {total} {unit}")
             return
         from rich import progress
 
@@ -384,24 +384,30 @@ class _Terminal:
 
     def advance(self, done: int, bad: int) -> None:
         """Move the bar, or print a line now and then."""
-        self._done = done
         seconds = time.monotonic() - self._began
         rate = done / seconds if seconds > 0 else 0.0
+        speed = "" if self._unit == "%" else f"{rate:.1f}/s"
         note = f"{bad} bad" if bad else ""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:.1f}/s", note=note)
+            self._bar.update(self._task, completed=done, rate=speed, note=note)
         elif time.monotonic() - self._said >= self._LINE_EVERY_S and done:
             self._said = time.monotonic()
-            left = (self._total - done) / rate if rate else 0.0
-            self.say(
-                f"{done} of {self._total} {self._unit}, {rate:.1f}/s, ETA {left:.0f} s{', ' + note if note else ''}"
-            )
+            count = f"{done} %" if self._unit == "%" else f"{done} of {self._total} {self._unit}"
+            left = f"ETA {_duration((self._total - done) / rate)}" if rate else ""
+            self.say(", ".join(part for part in (f"{self._what}: {count}", speed, note, left) if part))
 
     def end(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _show_rows(header: list[str], rows: list[list[str]]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import os
+import random
 import signal
 import threading
 import time
@@ -272,8 +273,8 @@ def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, faile
         run.clear_quarantine()
         rounds = iter([list(run.failed())])
     else:
-        run.plan(job.listing, plan, job.complete)
-        rounds = _rounds(run)
+        adopted = run.plan(job.listing, plan, job.complete) is None
+        rounds = _rounds(run, adopted)
     if not storage.exists(tables.service(run.root, "dataset.json")):
         tables.write_dataset_info(run.root, job.info())
     rows, seconds, start = (0, 0.0, 0.0)
@@ -287,15 +288,19 @@ def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, faile
     return RunResult(state, rows, seconds, start)
 
 
-def _rounds(run: Run) -> Iterator[list[ShardRef]]:
-    """What is missing, until nothing is: another driver may publish a plan while this one works."""
+def _rounds(run: Run, adopted: bool) -> Iterator[list[ShardRef]]:
+    """What is missing, until nothing is: another driver may publish a plan while this one works.
+
+    Somebody else may be at work on an ``adopted`` plan, from its start: begin anywhere in it, so that two share it.
+    """
     before: set[tuple[int, int]] = set()
     while todo := list(run.missing()):
         now = {(s.number, s.plan) for s in todo}
         if now == before:
             return  # no progress: ``finish`` says what is missing
         before = now
-        yield todo
+        first = random.randrange(len(todo)) if adopted else 0
+        yield todo[first:] + todo[:first]
 
 
 def _work(

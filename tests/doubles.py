@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 
 from segbatch import api, jobs
 from segbatch.config import PlanConfig, RunOptions
+from segbatch.errors import ConfigError, DataError, TransientStorageError
 from segbatch.jobs import RunResult
 from segbatch.models.base import InputSpec, ModelSpec
 from segbatch.planning import published
-from segbatch.records import ClassInfo, ClassTable
-from segbatch.runs import Run
+from segbatch.records import ClassInfo, ClassTable, Outcome, ShardRef
+from segbatch.runs import Journal, Run
 
 Color = tuple[int, int, int]
 RED, BLUE = 1, 2
@@ -115,6 +117,52 @@ class FullDisk(FreeModel):
     def load(self, threads: int) -> DoubleSegmenter:
         limit_files(self.limit)
         return DoubleSegmenter(self)
+
+
+@dataclass(frozen=True)
+class EchoTask:
+    """Notes what it does in a log; ``trouble`` says in which shards what goes wrong."""
+
+    log: str
+    trouble: Mapping[int, str]
+    seconds: float = 0.0
+
+    def open(self, threads: int, journal: Journal) -> "EchoWorker":
+        assert threads >= 1
+        note(self.log, f"open {os.getpid()}")
+        if -1 in self.trouble:
+            raise ConfigError("there is no such model", "use another")
+        return EchoWorker(self)
+
+
+class EchoWorker:
+    def __init__(self, task: EchoTask) -> None:
+        self._task = task
+        self._done = 0
+
+    @property
+    def rows_done(self) -> int:
+        return self._done
+
+    def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
+        note(self._task.log, f"run {shard.number}")
+        time.sleep(self._task.seconds)
+        trouble = self._task.trouble.get(shard.number, "")
+        times = Path(self._task.log).read_text().splitlines().count(f"run {shard.number}")
+        if trouble == "transient" or (trouble == "transient once" and times == 1):
+            raise TransientStorageError("the store is down", "wait")
+        if trouble == "fatal":
+            raise DataError("the file is cut", "copy it", "truncated", "/a.jpg")
+        if trouble == "bug":
+            raise KeyError("colour")
+        self._done += shard.rows
+        return Outcome(shard.number, shard.plan, shard.rows, len(skip), {"quarantined": len(skip)})
+
+    def probe(self, shard: ShardRef, sample_id: str) -> None:
+        raise AssertionError("nothing died")
+
+    def close(self) -> None:
+        note(self._task.log, "close")
 
 
 class Stop(BaseException):

@@ -18,13 +18,13 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayError, RaySystemError, RayTaskError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from segbatch.config import EngineConfig
 from segbatch.engine import journal
 from segbatch.engine.base import Control, Failures, as_ours, worth_repeating
-from segbatch.errors import EngineError, SegbatchError, StoppedError
+from segbatch.errors import ConfigError, EngineError, SegbatchError, StoppedError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task, committed
 from segbatch.version import __version__
@@ -474,6 +474,11 @@ def _cpus(node: dict[str, Any]) -> int:
 
 
 def _cause(error: RayTaskError) -> SegbatchError:
+    if isinstance(error.cause, RaySystemError) and "No module named" in str(error.cause):
+        return ConfigError(
+            f"the workers cannot use this model: {_last_line(error.cause)}",
+            "install its package on every node, or use --engine inline",
+        )
     return as_ours(error.cause)
 
 

@@ -18,6 +18,7 @@ from segbatch.config import Config, digest_of, parse
 from segbatch.errors import ConfigError, ObjectMissing
 from segbatch.models.architectures import Architecture, architecture_of
 from segbatch.models.base import ModelSpec, Segmenter
+from segbatch.models.waiting import wait_passively
 from segbatch.records import ClassTable
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Checkpoint:
 
     def segmenter(self, spec: ModelSpec, threads: int) -> Segmenter:
         """The network ready for inference with ``threads`` torch threads (a setting of the whole process)."""
+        wait_passively()
         import torch
 
         torch.set_num_threads(threads)

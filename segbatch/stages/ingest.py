@@ -231,6 +231,7 @@ class IngestWorker:
         writer = tables.PartWriter(shard.table)
         seconds = {"decode": 0.0, "encode": 0.0}
         items = items_of(shard)
+        there = storage.stat(shard.uri) if shard.mode == "retry" else None
         source = self._redone(shard, items, skip) if shard.mode == "retry" else self._fresh(shard, items, skip, seconds)
         for batch in source:
             began = time.perf_counter()
@@ -238,7 +239,8 @@ class IngestWorker:
             seconds["encode"] += time.perf_counter() - began
             with self._lock:
                 self._rows_done += batch.num_rows
-        return commit(shard, writer, {**seconds, "total": time.perf_counter() - started})
+        basis = there.etag if there is not None else ""
+        return commit(shard, writer, {**seconds, "total": time.perf_counter() - started}, basis=basis)
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Read one sample and make its row, without writing; see ``runs.Worker``."""

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 
+from segbatch.models.waiting import wait_passively
 from segbatch.training.config import TrainConfig
 from segbatch.training.result import TrainProgress, TrainResult
 
@@ -17,6 +18,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
 ) -> TrainResult:
     """Train a model, or go on with a training that was interrupted; see ``segbatch.training.run.train``."""
+    wait_passively()  # before torch is imported
     from segbatch.training.run import train as run_training
 
     return run_training(config, on_progress, should_stop)

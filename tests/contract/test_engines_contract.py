@@ -1,11 +1,10 @@
 """One behaviour suite for every engine: what ``engine.base.Engine`` promises."""
 
-import os
+import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import doubles
@@ -13,55 +12,8 @@ import pytest
 
 from segbatch.config import EngineConfig
 from segbatch.engine import Control, Engine, make
-from segbatch.errors import ConfigError, DataError, EngineError, StoppedError, TransientStorageError
+from segbatch.errors import ConfigError, DataError, EngineError, StoppedError
 from segbatch.records import Outcome, ShardRef
-from segbatch.runs import Journal
-
-
-@dataclass(frozen=True)
-class EchoTask:
-    """Notes what it does in a log; ``trouble`` says in which shards what goes wrong."""
-
-    log: str
-    trouble: Mapping[int, str]
-    seconds: float = 0.0
-
-    def open(self, threads: int, journal: Journal) -> "EchoWorker":
-        assert threads >= 1
-        doubles.note(self.log, f"open {os.getpid()}")
-        if -1 in self.trouble:
-            raise ConfigError("there is no such model", "use another")
-        return EchoWorker(self)
-
-
-class EchoWorker:
-    def __init__(self, task: EchoTask) -> None:
-        self._task = task
-        self._done = 0
-
-    @property
-    def rows_done(self) -> int:
-        return self._done
-
-    def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
-        doubles.note(self._task.log, f"run {shard.number}")
-        time.sleep(self._task.seconds)
-        trouble = self._task.trouble.get(shard.number, "")
-        times = Path(self._task.log).read_text().splitlines().count(f"run {shard.number}")
-        if trouble == "transient" or (trouble == "transient once" and times == 1):
-            raise TransientStorageError("the store is down", "wait")
-        if trouble == "fatal":
-            raise DataError("the file is cut", "copy it", "truncated", "/a.jpg")
-        if trouble == "bug":
-            raise KeyError("colour")
-        self._done += shard.rows
-        return Outcome(shard.number, shard.plan, shard.rows, len(skip), {"quarantined": len(skip)})
-
-    def probe(self, shard: ShardRef, sample_id: str) -> None:
-        raise AssertionError("nothing died")
-
-    def close(self) -> None:
-        doubles.note(self._task.log, "close")
 
 
 @pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.ray)])
@@ -91,24 +43,24 @@ def test_every_shard_once(engine: Engine, tmp_path: Path, log: Path) -> None:
     ready: list[int] = []
     rows: list[int] = []
     control = Control(quarantine={"x.jpg": "it kills"}, on_ready=lambda: ready.append(1), on_rows=rows.append)
-    outcomes = list(engine.map(EchoTask(str(log), {}), iter(shards(tmp_path, 7)), control))
+    outcomes = list(engine.map(doubles.EchoTask(str(log), {}), iter(shards(tmp_path, 7)), control))
     assert sorted(o.shard for o in outcomes) == sorted(runs_of(log)) == list(range(7))
     assert all((o.rows, o.bad) == (3, 1) for o in outcomes)
     assert ready and rows[-1] == 21 and rows == sorted(rows)
 
 
 def test_no_shards_no_work(engine: Engine, log: Path) -> None:
-    assert list(engine.map(EchoTask(str(log), {}), [], Control())) == []
+    assert list(engine.map(doubles.EchoTask(str(log), {}), [], Control())) == []
     assert not log.exists()
 
 
 def test_several_maps(engine: Engine, tmp_path: Path, log: Path) -> None:
     for _ in range(2):
-        assert len(list(engine.map(EchoTask(str(log), {}), shards(tmp_path, 2), Control()))) == 2
+        assert len(list(engine.map(doubles.EchoTask(str(log), {}), shards(tmp_path, 2), Control()))) == 2
 
 
 def test_transient_failures_are_repeated(engine: Engine, tmp_path: Path, log: Path) -> None:
-    task = EchoTask(str(log), {1: "transient once"})
+    task = doubles.EchoTask(str(log), {1: "transient once"})
     outcomes = list(engine.map(task, shards(tmp_path, 3), Control()))
     assert sorted(o.shard for o in outcomes) == [0, 1, 2]
     assert sorted(runs_of(log)) == [0, 1, 1, 2]
@@ -119,11 +71,10 @@ def test_transient_failures_are_repeated(engine: Engine, tmp_path: Path, log: Pa
     [("transient", "the store is down (wait)"), ("bug", "a worker raised KeyError: 'colour' (this looks like a bug)")],
 )
 def test_everything_else_is_done_first(engine: Engine, tmp_path: Path, log: Path, trouble: str, says: str) -> None:
-    outcomes = []
+    outcomes = engine.map(doubles.EchoTask(str(log), {0: trouble}), shards(tmp_path, 4), Control())
+    assert sorted(o.shard for o in itertools.islice(outcomes, 3)) == [1, 2, 3]
     with pytest.raises(EngineError) as caught:
-        for outcome in engine.map(EchoTask(str(log), {0: trouble}), shards(tmp_path, 4), Control()):
-            outcomes.append(outcome.shard)
-    assert sorted(outcomes) == [1, 2, 3]
+        next(outcomes)
     assert runs_of(log).count(0) == EngineConfig().attempts
     assert caught.value.problem == f"shard 0 failed 3 times: {says}"
     assert "run the same command again" in caught.value.fix
@@ -131,7 +82,7 @@ def test_everything_else_is_done_first(engine: Engine, tmp_path: Path, log: Path
 
 def test_hopeless_failures_end_the_run_with_their_own_error(engine: Engine, tmp_path: Path, log: Path) -> None:
     with pytest.raises(DataError) as caught:
-        list(engine.map(EchoTask(str(log), {2: "fatal"}), shards(tmp_path, 4), Control()))
+        list(engine.map(doubles.EchoTask(str(log), {2: "fatal"}), shards(tmp_path, 4), Control()))
     error = caught.value
     assert (error.problem, error.fix, error.code, error.uri) == ("the file is cut", "copy it", "truncated", "/a.jpg")
     assert runs_of(log).count(2) == 1
@@ -139,16 +90,20 @@ def test_hopeless_failures_end_the_run_with_their_own_error(engine: Engine, tmp_
 
 def test_error_of_open_keeps_its_type(engine: Engine, tmp_path: Path, log: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no such model .use another."):
-        list(engine.map(EchoTask(str(log), {-1: "config"}), shards(tmp_path, 2), Control()))
+        list(engine.map(doubles.EchoTask(str(log), {-1: "config"}), shards(tmp_path, 2), Control()))
     assert log.read_text().count("open") == 1
 
 
 def test_stop_drains(engine: Engine, tmp_path: Path, log: Path) -> None:
     control, done = Control(), []
-    with pytest.raises(StoppedError, match="run the same command again to go on"):
-        for outcome in engine.map(EchoTask(str(log), {}, seconds=0.05), shards(tmp_path, 50), control):
+
+    def first_of(outcomes: Iterator[Outcome]) -> None:
+        for outcome in outcomes:
             done.append(outcome.shard)
             control.stop.set()
+
+    with pytest.raises(StoppedError, match="run the same command again to go on"):
+        first_of(engine.map(doubles.EchoTask(str(log), {}, seconds=0.05), shards(tmp_path, 50), control))
     assert sorted(done) == sorted(runs_of(log))
     assert 1 <= len(done) < 10
 
@@ -157,12 +112,12 @@ def test_stop_before_the_start(engine: Engine, tmp_path: Path, log: Path) -> Non
     control = Control()
     control.stop.set()
     with pytest.raises(StoppedError):
-        list(engine.map(EchoTask(str(log), {}), shards(tmp_path, 3), control))
+        list(engine.map(doubles.EchoTask(str(log), {}), shards(tmp_path, 3), control))
     assert not log.exists() or runs_of(log) == []
 
 
 def test_closing_the_generator_ends_the_work(engine: Engine, tmp_path: Path, log: Path) -> None:
-    with closing(engine.map(EchoTask(str(log), {}, seconds=0.05), shards(tmp_path, 50), Control())) as outcomes:
+    with closing(engine.map(doubles.EchoTask(str(log), {}, seconds=0.05), shards(tmp_path, 50), Control())) as outcomes:
         next(outcomes)
     seen = len(runs_of(log))
     time.sleep(0.3)
@@ -173,12 +128,13 @@ def test_stop_from_another_thread(engine: Engine, tmp_path: Path, log: Path) -> 
     control = Control()
 
     def stop() -> None:
-        while not log.exists() or len(runs_of(log)) < 2:
+        until = time.monotonic() + 120
+        while (not log.exists() or len(runs_of(log)) < 2) and time.monotonic() < until:
             time.sleep(0.01)
         control.stop.set()
 
     thread = threading.Thread(target=stop)
     thread.start()
     with pytest.raises(StoppedError):
-        list(engine.map(EchoTask(str(log), {}, seconds=0.05), shards(tmp_path, 200), control))
+        list(engine.map(doubles.EchoTask(str(log), {}, seconds=0.05), shards(tmp_path, 200), control))
     thread.join()

@@ -17,7 +17,7 @@ SMALL: dict[str, dict[str, Any]] = {"unet": {"width": 2, "depth": 2}, "color": {
 """A small configuration of each architecture; its defaults where it is not named."""
 
 
-@pytest.fixture(scope="module", params=sorted(registry.architectures()))
+@pytest.fixture(scope="module", params=sorted(registry.ARCHITECTURES))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     folder = tmp_path_factory.mktemp(request.param)
     document = {
@@ -32,7 +32,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_it_has_a_name_a_summary_and_a_configuration(trained: ModelSource) -> None:
     name = trained.reference.split("@")[0]
-    entry = registry.architectures()[name]
+    entry = registry.ARCHITECTURES[name]
     assert entry.summary and entry.config.model_fields["kind"].default == name
 
 

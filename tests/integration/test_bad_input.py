@@ -132,8 +132,8 @@ def test_row_limits(tmp_path: Path) -> None:
         api.predict(doubles.FreeModel(), str(source), str(out), options=options, limits=api.Limits(0.1))
     assert len(photos.rows(out)) == 28
     api.predict(doubles.FreeModel(), str(source), str(out), options=options, limits=api.Limits(0.11))
+    limits = api.Limits(1.0, fail_fast=True)
     with pytest.raises(BadItemsError, match="leave out --fail-fast"):
-        limits = api.Limits(1.0, fail_fast=True)
         api.predict(doubles.FreeModel(), str(source), str(tmp_path / "fast"), options=options, limits=limits)
 
 

@@ -42,7 +42,7 @@ def test_killed_actor_loses_nothing(tmp_path: Path, ray_session: Path) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    result = doubles.predict(doubles.SlowModel(str(log), 0.05), source, out)
+    result = doubles.predict(doubles.SlowModel(str(log), 0.1), source, out)
     killer.join()
     assert (result.state.rows, result.state.rows_done, result.state.bad) == (48, 48, 0)
     assert photos.rows(out).keys() == photos.sample_ids(source)
@@ -125,7 +125,7 @@ def test_full_cluster_is_told(tmp_path: Path, ray_session: Path) -> None:
 def test_no_progress_is_told(tmp_path: Path, ray_session: Path) -> None:
     source = photos.folder(tmp_path / "in", 2)
     with pytest.raises(EngineError, match=r"no row was finished in \d+ s; in flight: shards 0"):
-        doubles.predict(doubles.SlowModel(seconds=600), source, tmp_path / "out", stall_s=4)
+        doubles.predict(doubles.SlowModel(seconds=600), source, tmp_path / "out", stall_s=8)
 
 
 @pytest.mark.ray

@@ -58,7 +58,7 @@ def test_file_then_sets(tmp_path: Path) -> None:
     path.write_text("shard_rows = \n")
     with pytest.raises(ConfigError, match=r"a.toml is not TOML: .*line 1"):
         load_toml(PlanConfig, str(path))
-    with pytest.raises(ConfigError, match="cannot read .*: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: No such file"):
         load_toml(PlanConfig, str(tmp_path / "b.toml"))
 
 

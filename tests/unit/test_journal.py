@@ -91,7 +91,7 @@ def test_full_disk_is_told_at_once(folder: Path) -> None:
     path = journal.new_path()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(StorageError, match="File too large .free space there"):
+        with pytest.raises(StorageError, match=r"File too large .free space there"):
             journal.FileJournal(path, 8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -113,14 +113,14 @@ def test_nothing_to_plan(tmp_path: Path) -> None:
 
 
 def test_listing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "PART_ROWS", 5)
+    monkeypatch.setattr(planning, "PART_ROWS", 1000)
 
     def listing() -> Iterator[PlanItem]:
-        yield from (image(i) for i in range(20_000))
+        yield from (image(i) for i in range(4500))
         raise ConfigError("the listing broke off")
 
     with pytest.raises(ConfigError, match="broke off"):
-        publish(str(tmp_path), "masks", listing, PlanConfig(shard_rows=5))
+        publish(str(tmp_path), "masks", listing, PlanConfig(shard_rows=500))
     assert list((tmp_path / ".segbatch" / "plans").iterdir()) == []
 
 
@@ -138,8 +138,7 @@ def test_racing_drivers_share_one_plan(tmp_path: Path) -> None:
         thread.join()
     won = [info for info in found if info is not None]
     assert sorted(i.plan for i in won) == list(range(len(won)))
-    assert [sample for _, sample, _ in sorted(planned(tmp_path))].sort() == [f"{k}.jpg" for k in range(15)].sort()
-    assert len(planned(tmp_path)) == 15
+    assert sorted(sample for _, sample, _ in planned(tmp_path)) == sorted(f"{k}.jpg" for k in range(15))
     assert len(list((tmp_path / ".segbatch" / "plans").iterdir())) == 2 * len(won)  # losers leave nothing
 
 
@@ -190,7 +189,7 @@ def test_ids_stay_unique_over_plans(tmp_path: Path) -> None:
     now = [PlanItem("a/x.jpg", "/a/x.jpg", "1", 1), PlanItem("x.jpg", "/x.jpg", "1", 1)]
     plan(tmp_path, now)
     assert [s for _, s, _ in planned(tmp_path)] == ["a/x.jpg", "x.jpg"]
-    with pytest.raises(ConfigError, match="1 sample ids occur twice, for example x.jpg"):
+    with pytest.raises(ConfigError, match=r"1 sample ids occur twice, for example x\.jpg"):
         plan(tmp_path, [PlanItem("x.jpg", "/y.jpg", "1", 1)], complete=False)
 
 
