@@ -119,13 +119,11 @@ def main() -> None:
             bare = bare_loop(paths, segmenter, threads)
             ours, start = through_segbatch(folder, source, threads, arguments.batch_size)
             ratios.append(ours / bare)
-            print(
-                f"bare loop {bare:8.1f} images/s   segbatch {ours:8.1f} images/s   {ours / bare:.2f}   (start {start:.1f} s)"
-            )
+            speeds = f"bare loop {bare:8.1f} images/s   segbatch {ours:8.1f} images/s"
+            print(f"{speeds}   {ours / bare:.2f}   (start {start:.1f} s)")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"{arguments.images} photos of 640x480, {threads} threads: median ratio {statistics.median(ratios):.3f}; driver {peak:.0f} MB"
-    )
+    ratio = statistics.median(ratios)
+    print(f"{arguments.images} photos of 640x480, {threads} threads: median ratio {ratio:.3f}; driver {peak:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,8 @@ def main() -> None:
             alone = own_loop(arguments.model, paths, threads)
             ours, start = through_segbatch(Path(scratch), registry.source(arguments.model), threads, 0)
             ratios.append(ours / alone)
-            print(
-                f"model's own loop {alone:7.2f} images/s   segbatch {ours:7.2f}   {ours / alone:.3f}   (start {start:.1f} s)"
-            )
+            speeds = f"model's own loop {alone:7.2f} images/s   segbatch {ours:7.2f} images/s"
+            print(f"{speeds}   {ours / alone:.3f}   (start {start:.1f} s)")
     print(f"{arguments.images} photos, {threads} threads: median ratio {statistics.median(ratios):.3f}")
 
 

@@ -21,7 +21,7 @@ from segbatch.datasets import registry
 from segbatch.datasets.camvid import CamVid
 from segbatch.engine.base import Control
 from segbatch.engine.inline import InlineEngine
-from segbatch.errors import DataError, SchemaError, StorageError, TransientStorageError
+from segbatch.errors import DataError, EngineError, SchemaError, StorageError, TransientStorageError
 from segbatch.records import ClassTable, Instance, Issue, Outcome, PlanItem, Sample, Segment, ShardRef
 from segbatch.runs import Run
 from segbatch.stages import ingest
@@ -202,7 +202,7 @@ class Faulty:
 def test_a_store_that_is_down_fails_the_shard_not_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.DATASETS, "faulty", Faulty(TransientStorageError("timeout")))
     run = planned(tmp_path / "out", tmp_path, "faulty", shard_rows=9)
-    with pytest.raises(TransientStorageError):
+    with pytest.raises(EngineError, match=r"shard 0.* failed 3 times: timeout"):
         ingested(run, ingest.IngestTask("faulty", str(tmp_path)))
     assert list(run.missing())
 
