@@ -189,7 +189,7 @@ def predict_job(
         out=storage.resolve(out),
         config=config,
         listing=(lambda: itertools.islice(items(), selection.limit)) if selection.limit else items,
-        task=PredictTask(source, batch_size, max_pixels),
+        task=PredictTask(source, spec.digest, batch_size, max_pixels),
         info=lambda: {"name": source.reference, "digest": spec.digest, "classes": spec.classes.to_json()},
         complete=not selection.limit,
         prefers_ray=True,

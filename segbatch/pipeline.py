@@ -241,8 +241,9 @@ def _demo_config(root: str, photos: str) -> dict[str, Any]:
 
 
 _DEMO_TRAINING: dict[str, Any] = {
-    "model": {"kind": "unet", "width": 16, "depth": 4, "input_size": [96, 128]},
-    "optim": {"epochs": 12},
+    "model": {"kind": "unet", "width": 16, "depth": 4},
+    "data": {"crop": [128, 160]},
+    "optim": {"lr": 6e-3, "epochs": 7, "ema": 0.97},
 }
 
 

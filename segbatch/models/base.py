@@ -7,7 +7,6 @@ so the engine, the evaluator and the apps know nothing of architectures.
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from segbatch.records import ClassTable, Task
@@ -20,7 +19,7 @@ class InputSpec:
     Attributes:
         height, width: fixed input size, or None when the network takes any size.
         resize: ``stretch`` to (height, width); ``none`` feeds the photo at its own size.
-        divisor: sides are padded (bottom, right, with the mean colour) to a multiple of this; the output is cropped back.
+        divisor: sides are padded (bottom, right, with the mean colour) to a multiple of this; the output is cropped.
         layout: ``nhwc`` or ``nchw``.
         dtype: ``uint8`` feeds raw RGB; ``float32`` feeds ``(rgb / 255 - mean) / std``.
         mean, std: per RGB channel, in units of 0..1.

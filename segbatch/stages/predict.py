@@ -23,7 +23,7 @@ from segbatch import schemas, storage, tables
 from segbatch.codecs import photo, runlength
 from segbatch.codecs.columns import class_pixels_array, runs_array
 from segbatch.codecs.runlength import Runs
-from segbatch.errors import DataError, ObjectMissing, StorageError
+from segbatch.errors import ConfigError, DataError, ObjectMissing, StorageError
 from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
 from segbatch.models.registry import ModelSource
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
@@ -74,11 +74,13 @@ class PredictTask:
 
     Attributes:
         model: where the model comes from.
+        digest: of the model that the run was planned with; another one is refused.
         batch_size: photos per call of the model; 0 picks it.
         max_pixels: larger photos are rejected before decoding.
     """
 
     model: ModelSource
+    digest: str
     batch_size: int
     max_pixels: int
 
@@ -92,6 +94,12 @@ class PredictWorker:
 
     def __init__(self, task: PredictTask, threads: int, journal: Journal) -> None:
         segmenter = task.model.load(threads)
+        if segmenter.spec.digest != task.digest:
+            raise ConfigError(
+                f"model {task.model.reference} has changed since the run began: digest {task.digest} -> "
+                f"{segmenter.spec.digest}",
+                "choose another output for the new model",
+            )
         self._batch = task.batch_size or auto_batch_size(segmenter.spec, threads)
         self._predictor = Predictor(segmenter, self._batch)
         self._digest = segmenter.spec.digest
