@@ -11,8 +11,7 @@ Logits are interpolated bilinearly, label maps by the nearest neighbour.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,39 +24,45 @@ _FIXED_SMALL_PIXELS = 1 << 17
 MAX_LABEL = 65535
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A photo as the network wants it.
+class Geometry(NamedTuple):
+    """How a photo lies in what the network is fed.
 
     Attributes:
-        tensor: (h, w, 3) or (3, h, w), as ``InputSpec.layout`` says, padding included.
         height, width: of the photo.
-        fed_height, fed_width: of the photo inside ``tensor``, without the padding.
+        fed_height, fed_width: of the photo inside the network's input, without the padding.
+        padded_height, padded_width: of the network's input.
     """
 
-    tensor: NDArray[Any]
     height: int
     width: int
     fed_height: int
     fed_width: int
+    padded_height: int
+    padded_width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
+class Prepared(NamedTuple):
+    """A photo as the network wants it: (h, w, 3) or (3, h, w), as ``InputSpec.layout`` says, padding included."""
+
+    tensor: NDArray[Any]
+    geometry: Geometry
+
+
+class Raw(NamedTuple):
     """What the network said of one photo: logits (classes, h, w) or labels (h, w), and the photo's geometry."""
 
     output: NDArray[Any]
-    prepared: Prepared
+    geometry: Geometry
 
 
 def auto_batch_size(spec: ModelSpec, threads: int) -> int:
     """The batch size that ``auto`` stands for on a CPU.
 
-    A CPU gains little from batches: 4 for small inputs of a fixed size, 2 for any other fixed size or, with more than
-    one thread, for photos of any size (which seldom have equal shapes), else 1.
+    A CPU gains little from batches: 4 for small inputs of a fixed size, 2 for any other fixed size, 1 for photos of
+    any size, which seldom have equal shapes.
     """
     if spec.input.height is None or spec.input.width is None:
-        return 2 if threads > 1 else 1
+        return 1
     return 4 if spec.input.height * spec.input.width <= _FIXED_SMALL_PIXELS else 2
 
 
@@ -107,7 +112,8 @@ class Predictor:
             tensor = cv2.copyMakeBorder(tensor, 0, down, 0, right, cv2.BORDER_CONSTANT, value=fill)
         if spec.layout == "nchw":
             tensor = np.ascontiguousarray(tensor.transpose(2, 0, 1))
-        return Prepared(tensor, height, width, fed_height, fed_width)
+        padded = (fed_height + down, fed_width + right)
+        return Prepared(tensor, Geometry(height, width, fed_height, fed_width, *padded))
 
     def forward(self, prepared: Sequence[Prepared]) -> list[Raw]:
         """Run the network on photos of any mixture of shapes, equal ones together; the order is kept."""
@@ -127,7 +133,7 @@ class Predictor:
         output = self._segmenter.forward(batch)
         if len(output) != len(items):
             raise ConfigError(f"model {self.spec.name} gave {len(output)} results for a batch of {len(items)}")
-        return [Raw(o, i) for o, i in zip(output, items, strict=True)]
+        return [Raw(o, i.geometry) for o, i in zip(output, items, strict=True)]
 
     def finish(self, raw: Raw) -> tuple[NDArray[np.uint16], dict[int, float] | None]:
         """The label map on the photo's grid, and the mean probability of the winning class by label id.
@@ -147,20 +153,19 @@ class Predictor:
     def _from_logits(self, raw: Raw) -> tuple[NDArray[np.uint16], dict[int, float]]:
         from segbatch.inference.kernels import upsample_argmax
 
-        item, output = raw.prepared, raw.output
+        at, output = raw.geometry, raw.output
         channels, rows, columns = output.shape
         if self._label_ids is not None and channels != len(self._label_ids):
             raise DataError(
                 f"the model gave {channels} channels, its class table has {len(self._label_ids)} classes",
                 code="unknown-class",
             )
-        padded = _padded(item, self.spec.input.layout)
         steps = (
-            item.fed_height / item.height * rows / padded[0],
-            item.fed_width / item.width * columns / padded[1],
+            at.fed_height / at.height * rows / at.padded_height,
+            at.fed_width / at.width * columns / at.padded_width,
         )
         logits = np.ascontiguousarray(np.moveaxis(output, 0, -1), np.float32)
-        classes = np.empty((item.height, item.width), np.uint16)
+        classes = np.empty((at.height, at.width), np.uint16)
         sums, pixels = np.zeros(channels), np.zeros(channels, np.int64)
         if not upsample_argmax(logits, steps[0], steps[1], classes, sums, pixels):
             raise DataError(
@@ -170,12 +175,11 @@ class Predictor:
 
     def _labels(self, raw: Raw) -> NDArray[Any]:
         """Class indices (height, width) of a network that gives labels: padding off, nearest neighbour."""
-        item, labels = raw.prepared, raw.output
-        if labels.shape == (item.height, item.width):
+        at, labels = raw.geometry, raw.output
+        if labels.shape == (at.height, at.width):
             return labels
-        padded = _padded(item, self.spec.input.layout)
-        rows = _nearest(item.height, item.fed_height / item.height * labels.shape[0] / padded[0], labels.shape[0])
-        columns = _nearest(item.width, item.fed_width / item.width * labels.shape[1] / padded[1], labels.shape[1])
+        rows = _nearest(at.height, at.fed_height / at.height * labels.shape[0] / at.padded_height, labels.shape[0])
+        columns = _nearest(at.width, at.fed_width / at.width * labels.shape[1] / at.padded_width, labels.shape[1])
         picked: NDArray[Any] = labels[rows[:, None], columns]
         return picked
 
@@ -193,12 +197,6 @@ class Predictor:
             return classes.astype(np.uint16, copy=False)
         label_map: NDArray[np.uint16] = self._label_ids[classes]
         return label_map
-
-
-def _padded(item: Prepared, layout: str) -> tuple[int, int]:
-    """(height, width) of what the network was fed, padding included."""
-    height, width = item.tensor.shape[:2] if layout == "nhwc" else item.tensor.shape[1:]
-    return int(height), int(width)
 
 
 def stretched(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

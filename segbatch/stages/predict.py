@@ -1,7 +1,8 @@
 """Predict: one shard of photos through a model into one masks Parquet file.
 
-Three stages overlap inside a worker: decoding threads, the model (one thread at a time, also over shards), encoding
-threads. Windows are bounded, so memory is flat whatever the size of the shard.
+Reader threads fetch bytes ahead. A codec thread takes a chunk of photos through decoding, the model and encoding; the
+model has a lock, so while one chunk is in it the other threads decode and encode theirs. Windows are bounded, so memory
+is flat whatever the size of the shard.
 """
 
 import bisect
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +29,14 @@ from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_siz
 from segbatch.models.registry import ModelSource
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.runs import Journal, commit, items_of
+from segbatch.stages.allocator import keep_freed_pages
 
 _MODEL_ERRORS = (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
+T = TypeVar("T")
+
 _ROWS_PER_BATCH = 64
+_READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
+_CHUNK = 4  # photos that go through the threads together: fewer hand-overs, while little waits
 _SAMPLE_COLUMNS = ["sample_id", "group_id", "image", "image_uri", "etag", "status"]
 
 
@@ -56,6 +62,7 @@ class _Row:
     height: int | None = None
     width: int | None = None
     orientation: int = 1
+    data: bytes | None = None
     prepared: Prepared | None = None
     raw: Raw | None = None
     runs: Runs | None = None
@@ -65,7 +72,7 @@ class _Row:
     def fail(self, status: str, error: str) -> None:
         """Turn into a bad row."""
         self.status, self.error = status, error
-        self.prepared = self.raw = self.runs = None
+        self.data = self.prepared = self.raw = self.runs = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,7 @@ class PredictWorker:
     """Holds the model and the threads; see ``runs.Worker``."""
 
     def __init__(self, task: PredictTask, threads: int, journal: Journal) -> None:
+        keep_freed_pages()
         segmenter = task.model.load(threads)
         if segmenter.spec.digest != task.digest:
             raise ConfigError(
@@ -100,16 +108,19 @@ class PredictWorker:
                 f"{segmenter.spec.digest}",
                 "choose another output for the new model",
             )
-        self._batch = task.batch_size or auto_batch_size(segmenter.spec, threads)
-        self._predictor = Predictor(segmenter, self._batch)
+        batch_size = task.batch_size or auto_batch_size(segmenter.spec, threads)
+        self._predictor = Predictor(segmenter, batch_size)
+        self._chunk = max(batch_size, _CHUNK)
         self._digest = segmenter.spec.digest
         self._max_pixels = task.max_pixels
         self._journal = journal
         self._model_lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
-        self._window = max(threads, 1) + 1
+        self._pool = ThreadPoolExecutor(max(threads, 2), thread_name_prefix="codec")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+        self._window = threads + 1
         self._rows_done = 0
         self._count_lock = threading.Lock()
+        runlength.class_pixels(runlength.encode(np.zeros((8, 8), np.uint16)))  # compiled before the clock runs
 
     @property
     def rows_done(self) -> int:
@@ -118,7 +129,8 @@ class PredictWorker:
 
     def close(self) -> None:
         """Stop the threads."""
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._readers, self._pool):
+            pool.shutdown(cancel_futures=True)
 
     def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
         """Predict a shard; see ``runs.Worker.run``."""
@@ -158,54 +170,35 @@ class PredictWorker:
             yield masks_batch(pending, self._digest)
 
     def _rows(self, shard: int, photos: Iterable[_Photo], skip: Mapping[str, str]) -> Iterator[_Row]:
-        decoding: deque[Future[list[_Row]]] = deque()
-        encoding: deque[Future[list[_Row]]] = deque()
-        for chunk in _chunks(photos, self._batch):
-            decoding.append(self._pool.submit(self._decode, shard, chunk, skip))
-            if len(decoding) > self._window:
-                encoding.append(self._forward(shard, decoding.popleft().result()))
-            while len(encoding) > self._window:
-                yield from self._finished(encoding.popleft())
-        while decoding:
-            encoding.append(self._forward(shard, decoding.popleft().result()))
-        while encoding:
-            yield from self._finished(encoding.popleft())
-
-    def _finished(self, future: Future[list[_Row]]) -> list[_Row]:
-        rows = future.result()
-        self._count(len(rows))
-        return rows
+        """Chunks in order; while one is in the model, the other threads decode and encode theirs."""
+        reading = (self._readers.submit(self._read, c, skip) for c in _chunks(photos, self._chunk))
+        working = (self._pool.submit(self._work, shard, r.result()) for r in _ahead(reading, _READERS))
+        for done in _ahead(working, self._window):
+            rows = done.result()
+            self._count(len(rows))
+            yield from rows
 
     def _count(self, rows: int) -> None:
         with self._count_lock:
             self._rows_done += rows
 
-    def _decode(self, shard: int, photos: Sequence[_Photo], skip: Mapping[str, str]) -> list[_Row]:
-        """Read, decode and prepare, in a codec thread."""
-        slot = threading.current_thread().name
-        self._journal.note(slot, shard, [p.sample_id for p in photos if p.sample_id not in skip])
-        rows = []
-        for item in photos:
-            row, started = _Row(item), time.perf_counter()
-            if item.sample_id in skip:
-                row.fail("quarantined", skip[item.sample_id])
-            elif item.status != OK:
-                row.fail(item.status, "rejected at ingest; see the sample's issues")
+    def _read(self, photos: Sequence[_Photo], skip: Mapping[str, str]) -> list[_Row]:
+        """Fetch the bytes, in a reader thread: many wait for a store at once while few decode."""
+        rows = [_Row(item) for item in photos]
+        for row in rows:
+            started = time.perf_counter()
+            if row.photo.sample_id in skip:
+                row.fail("quarantined", skip[row.photo.sample_id])
+            elif row.photo.status != OK:
+                row.fail(row.photo.status, "rejected at ingest; see the sample's issues")
             else:
-                self._decode_one(row)
-            row.seconds["decode"] = time.perf_counter() - started
-            rows.append(row)
-        self._journal.clear(slot)
+                self._read_one(row)
+            row.seconds["read"] = time.perf_counter() - started
         return rows
 
-    def _decode_one(self, row: _Row) -> None:
+    def _read_one(self, row: _Row) -> None:
         try:
-            data = row.photo.data if row.photo.data is not None else storage.read_bytes(row.photo.uri)
-            rgb, info = photo.decode(data, row.photo.uri, self._max_pixels)
-            row.height, row.width, row.orientation = info.height, info.width, info.exif_orientation
-            row.prepared = self._predictor.prepare(photo.upright(rgb, info.exif_orientation))
-        except DataError as error:
-            row.fail(error.code, str(error))
+            row.data = row.photo.data if row.photo.data is not None else storage.read_bytes(row.photo.uri)
         except ObjectMissing:
             row.fail("missing", f"{row.photo.uri} was listed but is not there any more")
         except StorageError as error:
@@ -213,15 +206,36 @@ class PredictWorker:
                 raise
             row.fail("unreadable", str(error))
 
-    def _forward(self, shard: int, rows: list[_Row]) -> Future[list[_Row]]:
-        """Run the model on the good rows, then hand all of them to an encoding thread."""
+    def _work(self, shard: int, rows: list[_Row]) -> list[_Row]:
+        """Decode, predict and encode a chunk in one codec thread, while its pixels are still in the cache."""
+        slot = threading.current_thread().name
+        self._journal.note(slot, shard, [r.photo.sample_id for r in rows if r.status == OK])
+        for row in rows:
+            if row.data is not None:
+                self._decode(row, row.data)
         good = [r for r in rows if r.status == OK]
-        with self._model_lock:
-            if good:
+        if good:
+            with self._model_lock:
                 self._journal.note("model", shard, [r.photo.sample_id for r in good])
                 self._predict(good)
                 self._journal.clear("model")
-        return self._pool.submit(self._encode, shard, rows)
+        for row in rows:
+            if row.raw is not None:
+                self._encode(row, row.raw)
+        self._journal.clear(slot)
+        return rows
+
+    def _decode(self, row: _Row, data: bytes) -> None:
+        """The upright photo as the model wants it."""
+        started = time.perf_counter()
+        try:
+            rgb, info = photo.decode(data, row.photo.uri, self._max_pixels)
+            row.height, row.width, row.orientation = info.height, info.width, info.exif_orientation
+            row.prepared = self._predictor.prepare(photo.upright(rgb, info.exif_orientation))
+        except DataError as error:
+            row.fail(error.code, str(error))
+        row.data = None
+        row.seconds["decode"] = time.perf_counter() - started
 
     def _predict(self, rows: list[_Row]) -> None:
         """One call of the model; a failing batch is split until the culprit is alone (out of memory: halved)."""
@@ -243,23 +257,16 @@ class PredictWorker:
         for row, raw in zip(rows, raws, strict=True):
             row.raw, row.prepared, row.seconds["model"] = raw, None, share
 
-    def _encode(self, shard: int, rows: list[_Row]) -> list[_Row]:
-        """Label maps on the stored grid, as runs, in a codec thread."""
-        slot = threading.current_thread().name
-        self._journal.note(slot, shard, [r.photo.sample_id for r in rows if r.raw is not None])
-        for row in rows:
-            if row.raw is None:
-                continue
-            started = time.perf_counter()
-            try:
-                labels, row.confidence = self._predictor.finish(row.raw)
-                row.runs = runlength.encode(_stored(labels, row))
-            except DataError as error:
-                row.fail(error.code, str(error))
-            row.raw = None
-            row.seconds["encode"] = time.perf_counter() - started
-        self._journal.clear(slot)
-        return rows
+    def _encode(self, row: _Row, raw: Raw) -> None:
+        """The label map on the stored grid, as runs."""
+        started = time.perf_counter()
+        try:
+            labels, row.confidence = self._predictor.finish(raw)
+            row.runs = runlength.encode(_stored(labels, row))
+        except DataError as error:
+            row.fail(error.code, str(error))
+        row.raw = None
+        row.seconds["encode"] = time.perf_counter() - started
 
     # -- rows that are there already --------------------------------------------------------------------------
 
@@ -353,6 +360,17 @@ def _photos(items: Sequence[PlanItem]) -> Iterator[_Photo]:
                 yield _Photo(
                     row["sample_id"], row["group_id"], row["image_uri"], row["etag"], row["image"], row["status"]
                 )
+
+
+def _ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
+    """The same futures in order, each handed on only when ``window`` more have been started."""
+    started: deque[Future[T]] = deque()
+    for future in futures:
+        started.append(future)
+        if len(started) > window:
+            yield started.popleft()
+    while started:
+        yield started.popleft()
 
 
 def _chunks(photos: Iterable[_Photo], size: int) -> Iterator[list[_Photo]]:

@@ -114,6 +114,7 @@ def main() -> None:
         folder = Path(scratch)
         draw_photos(folder, arguments.images)
         paths = sorted(folder.iterdir())
+        os.sync()  # or the kernel writes them back while we measure
         ratios = []
         for _ in range(arguments.rounds):
             bare = bare_loop(paths, segmenter, threads)
