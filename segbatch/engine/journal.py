@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class FileJournal:
         self.path = path
         self._count = slots
         try:
-            with open(path, "w+b") as file:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(handle, "w+b") as file:
                 os.posix_fallocate(file.fileno(), 0, _SLOT_BYTES * slots)
                 self._map = mmap.mmap(file.fileno(), _SLOT_BYTES * slots)
         except OSError as error:
@@ -79,14 +81,12 @@ class FileJournal:
 
 
 def new_path() -> str:
-    """A fresh path for a journal on this node; journals that dead drivers left a day ago are removed."""
+    """A path for a new journal on this node, not created yet; what dead drivers left a day ago is removed."""
     for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # gone already, or another user's
             if time.time() - old.stat().st_mtime > _STALE_S:
                 old.unlink()
-    handle, path = tempfile.mkstemp(prefix=_PREFIX)
-    os.close(handle)
-    return path
+    return os.path.join(tempfile.gettempdir(), f"{_PREFIX}{uuid.uuid4().hex}")
 
 
 def remove(path: str) -> None:

@@ -52,13 +52,14 @@ class _Actor:
     """The process that works. Its constructor does nothing, so that errors of ``open`` keep their type."""
 
     def open(self, task: Task, threads: int) -> None:
-        """Open the worker (load the model)."""
+        """Open the journal and the worker (load the model)."""
+        self._journal = journal.FileJournal(self._path, threads + _SPARE_SLOTS)
         self._worker = task.open(threads, self._journal)
 
-    def place(self, threads: int) -> _Place:
-        """Node, process and journal."""
-        self._journal = journal.FileJournal(journal.new_path(), threads + _SPARE_SLOTS)
-        return _Place(ray.get_runtime_context().get_node_id(), os.getpid(), self._journal.path)
+    def place(self) -> _Place:
+        """Node, process and where the journal will be; the driver knows it before it is written."""
+        self._path = journal.new_path()
+        return _Place(ray.get_runtime_context().get_node_id(), os.getpid(), self._path)
 
     def run(self, shard: ShardRef, skip: dict[str, str]) -> Outcome:
         """Work on one shard, unless it is finished already; called from up to ``in_flight`` threads."""
@@ -70,7 +71,7 @@ class _Actor:
 
     def forget(self) -> None:
         """Remove the journal: this actor is no longer needed."""
-        journal.remove(self._journal.path)
+        journal.remove(self._path)
 
 
 @ray.remote(max_retries=0)
@@ -253,7 +254,7 @@ class _Driver:
     def _start_actor(self) -> _Slot:
         options = {"num_cpus": self._cpus, "max_restarts": 0, "max_concurrency": self._config.in_flight + 2}
         handle: Any = ray.remote(_Actor).options(**options).remote()
-        return _Slot(handle, handle.place.remote(self._threads))
+        return _Slot(handle, handle.place.remote())
 
     def _step(self, wait_s: float) -> Iterator[Outcome]:
         """Wait for something to happen and deal with it."""

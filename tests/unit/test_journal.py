@@ -104,6 +104,7 @@ def test_stale_journals_go(folder: Path) -> None:
         path.write_text("")
         os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
     recent = journal.new_path()
+    journal.FileJournal(recent, 1)
     assert sorted(folder.iterdir()) == sorted([other, Path(recent)])
     journal.remove(recent)
     journal.remove(recent)
