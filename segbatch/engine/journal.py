@@ -111,4 +111,4 @@ def read(path: str) -> list[tuple[int, str]]:
         with contextlib.suppress(ValueError):
             entries += [json.loads(text)] if text else []
     entries.sort(key=lambda e: not str(e[0]).startswith("model"))
-    return [(int(shard), str(i)) for _, shard, ids in entries for i in ids]
+    return list(dict.fromkeys((int(shard), str(i)) for _, shard, ids in entries for i in ids))

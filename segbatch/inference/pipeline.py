@@ -1,7 +1,6 @@
 """From an upright photo to a label map on the same grid: ``prepare`` -> ``forward`` -> ``finish``.
 
-``prepare`` and ``finish`` may run in any number of threads at once, ``forward`` in one. No thread pool is used in
-here: the engine has its own threads.
+All three may run in any number of threads at once. No thread pool is used in here: the engine has its own threads.
 
 Geometry: pixel centres lie at half-integers everywhere, so a photo pixel ``y`` of ``H`` is the logit row
 ``(y + 0.5) * rows / H - 0.5`` (align_corners=False), padding taken off exactly. A photo is stretched by bilinear
@@ -55,7 +54,7 @@ class Raw(NamedTuple):
     geometry: Geometry
 
 
-def auto_batch_size(spec: ModelSpec, threads: int) -> int:
+def auto_batch_size(spec: ModelSpec) -> int:
     """The batch size that ``auto`` stands for on a CPU.
 
     A CPU gains little from batches: 4 for small inputs of a fixed size, 2 for any other fixed size, 1 for photos of

@@ -61,7 +61,9 @@ class ModelSpec:
 
 
 class Segmenter(Protocol):
-    """A loaded model. ``forward`` is called by one thread at a time."""
+    """A loaded model. ``forward`` is called by several threads at once, each call computing with the threads that the
+    model was loaded for: on a CPU one thread per photo beats all threads on one photo.
+    """
 
     @property
     def spec(self) -> ModelSpec:

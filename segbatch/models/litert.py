@@ -8,8 +8,11 @@ the only ``*labels*.txt`` of the same folder; the label file packed into the mod
 are written as they come.
 """
 
+import functools
 import io
+import threading
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,10 +81,12 @@ class LiteRtSource:
         except ObjectMissing as error:
             raise ConfigError(f"model {self.reference}: {error.problem}", error.fix) from error
         side_car = _side_car(uri)
-        interpreter = _interpreter(data, threads, self.reference)
+        make = functools.partial(_interpreter, data, threads, self.reference)
+        interpreter = make()
         tensors = _tensors(interpreter, self.reference)
         classes = _classes(uri, data, side_car, self.classes_uri, tensors.channels)
-        return LiteRtSegmenter(interpreter, _spec(self.reference, data, tensors, side_car, classes), tensors, side_car)
+        spec = _spec(self.reference, data, tensors, side_car, classes)
+        return LiteRtSegmenter(make, interpreter, spec, tensors, side_car)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,30 +245,50 @@ def _spec(reference: str, data: bytes, tensors: _Tensors, side_car: SideCar, cla
 
 
 class LiteRtSegmenter:
-    """A LiteRT interpreter as a ``Segmenter``; images of a batch run one after the other."""
+    """A LiteRT file as a ``Segmenter``; images of a batch run one after the other.
 
-    def __init__(self, interpreter: Any, spec: ModelSpec, tensors: _Tensors, side_car: SideCar) -> None:
+    An interpreter serves one thread at a time, so every thread that calls ``forward`` gets its own.
+    """
+
+    def __init__(
+        self, make: Callable[[], Any], first: Any, spec: ModelSpec, tensors: _Tensors, side_car: SideCar
+    ) -> None:
         self.spec = spec
-        self._interpreter = interpreter
+        self._make = make
+        self._unused = [first]
+        self._own = threading.local()
         self._tensors = tensors
         self._scores: Scores = side_car.scores or ("probabilities" if tensors.channels == 1 else "logits")
 
     def allocate(self) -> None:
-        """Make room for a batch of one.
+        """Make room for a batch of one, in the first interpreter.
 
         Raises:
             ConfigError: the network uses operations that this runtime lacks.
         """
+        self._allocate(self._unused[0])
+
+    def _allocate(self, interpreter: Any) -> None:
         try:
-            self._interpreter.resize_tensor_input(
-                self._tensors.input, (1, self._tensors.height, self._tensors.width, 3)
-            )
-            self._interpreter.allocate_tensors()
+            interpreter.resize_tensor_input(self._tensors.input, (1, self._tensors.height, self._tensors.width, 3))
+            interpreter.allocate_tensors()
         except (RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"model {self.spec.name} cannot be run: {str(error).splitlines()[0]}",
                 "use a file without custom operations",
             ) from error
+
+    def _interpreter(self) -> Any:
+        """This thread's interpreter."""
+        found = getattr(self._own, "interpreter", None)
+        if found is None:
+            try:
+                found = self._unused.pop()
+            except IndexError:
+                found = self._make()
+            self._allocate(found)
+            self._own.interpreter = found
+        return found
 
     def forward(self, batch: NDArray[Any]) -> NDArray[Any]:
         """(n, height, width, 3) -> labels (n, h, w), or logits (n, classes, h, w) float32."""
@@ -272,9 +297,10 @@ class LiteRtSegmenter:
     def _one(self, image: NDArray[Any]) -> NDArray[Any]:
         if self._tensors.input_type == "int8":
             image = (image ^ np.uint8(128)).view(np.int8)
-        self._interpreter.set_tensor(self._tensors.input, image)
-        self._interpreter.invoke()
-        out = self._interpreter.get_tensor(self._tensors.output)[0]
+        interpreter = self._interpreter()
+        interpreter.set_tensor(self._tensors.input, image)
+        interpreter.invoke()
+        out = interpreter.get_tensor(self._tensors.output)[0]
         if self._tensors.labels:
             labels: NDArray[Any] = out[..., 0] if out.ndim == 3 else out
             return labels

@@ -37,7 +37,7 @@ class ModelSource(Protocol):
         ...
 
     def load(self, threads: int) -> Segmenter:
-        """Build the network and load the weights, for ``threads`` compute threads."""
+        """Build the network and load the weights, for ``threads`` compute threads per call of ``forward``."""
         ...
 
 

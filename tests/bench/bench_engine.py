@@ -73,7 +73,7 @@ def draw_photos(folder: Path, count: int) -> None:
 
 def bare_loop(paths: Sequence[Path], segmenter: Segmenter, threads: int) -> float:
     """Images per second of a thread pool with segbatch's own decode and encode functions."""
-    predictor = Predictor(segmenter, auto_batch_size(segmenter.spec, threads))
+    predictor = Predictor(segmenter, auto_batch_size(segmenter.spec))
     lock = threading.Lock()
 
     def one(path: Path) -> int:

@@ -165,9 +165,9 @@ def test_wrong_settings_are_config_errors() -> None:
 
 
 def test_automatic_batch_sizes() -> None:
-    assert auto_batch_size(spec_of(), 1) == 1
-    assert auto_batch_size(spec_of(resize="stretch", height=256, width=256), 1) == 4
-    assert auto_batch_size(spec_of(resize="stretch", height=513, width=513), 1) == 2
+    assert auto_batch_size(spec_of()) == 1
+    assert auto_batch_size(spec_of(resize="stretch", height=256, width=256)) == 4
+    assert auto_batch_size(spec_of(resize="stretch", height=513, width=513)) == 2
 
 
 @pytest.mark.parametrize("size", [(321, 513), (1, 1), (7, 200)])

@@ -83,7 +83,7 @@ def test_threads_have_slots_of_their_own(folder: Path) -> None:
     with pytest.raises(ValueError, match="one too many"):
         notes.note("another", 0, [])
     found = journal.read(path)
-    assert sorted(found) == sorted((i, f"{i}.jpg") for i in range(16) for _ in range(i + 1))
+    assert sorted(found) == [(i, f"{i}.jpg") for i in range(16)]
 
 
 def test_full_disk_is_told_at_once(folder: Path) -> None:
