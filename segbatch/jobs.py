@@ -2,21 +2,20 @@
 
 import contextlib
 import functools
-import itertools
 import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from segbatch import schemas, storage, tables
 from segbatch.config import EngineConfig, RunOptions
 from segbatch.engine import Control, make
-from segbatch.errors import BadItemsError, ConfigError
-from segbatch.planning import Preview, preview
+from segbatch.errors import BadItemsError, ConfigError, StoppedError
+from segbatch.planning import SELECTED, Preview, preview
 from segbatch.records import Figure, Outcome, PlanItem, ShardRef
 from segbatch.runs import Run, RunState, Task
 
@@ -188,7 +187,7 @@ def predict_job(
         table="masks",
         out=storage.resolve(out),
         config=config,
-        listing=(lambda: itertools.islice(items(), selection.limit)) if selection.limit else items,
+        listing=(lambda: _first(items(), selection.limit)) if selection.limit else items,
         task=PredictTask(source, spec.digest, batch_size, max_pixels),
         info=lambda: {"name": source.reference, "digest": spec.digest, "classes": spec.classes.to_json()},
         complete=not selection.limit,
@@ -196,12 +195,23 @@ def predict_job(
     )
 
 
+def _first(items: Iterable[PlanItem], limit: int) -> Iterator[PlanItem]:
+    """The items that make the first ``limit`` rows; the last one is cut."""
+    for item in items:
+        if item.rows >= limit:
+            whole = item.rows == limit
+            yield item if whole else replace(item, rows=limit, bytes=item.bytes * limit // item.rows, detail=SELECTED)
+            return
+        yield item
+        limit -= item.rows
+
+
 def _inputs(source: str, where: str) -> Iterator[PlanItem]:
     """The images of a samples table, a folder, a glob or a list."""
     from segbatch.datasets.images import list_images
     from segbatch.stages.select import sample_ranges
 
-    if tables.has(source, "samples"):
+    if tables.has(source, "samples") and tables.parts(tables.find(source, "samples")):
         return sample_ranges(source, where)
     if where:
         raise ConfigError("--where selects rows of a samples table", f"{source} is none; ingest it first")
@@ -265,25 +275,30 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
 
 def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, failed: bool = False) -> RunResult:
     """Open the root, plan what is new, do what is missing (or redo what failed), finish."""
-    if Run(job.out, job.table).document() is None:
-        next(iter(job.listing()), None)  # a wrong input must not claim the root
+    is_new = Run(job.out, job.table).document() is None
+    if is_new and next(iter(job.listing()), None) is None:  # a wrong input must not claim the root
+        raise ConfigError(f"segbatch {job.verb}: the input holds no image that is selected", "check the selection")
     run = Run.open(job.out, job.table, job.verb, job.config)
     plan = options.plan.model_copy(update={"shard_rows": 2**31}) if job.unsplit else options.plan
     if failed:
         run.clear_quarantine()
         rounds = iter([list(run.failed())])
     else:
-        adopted = run.plan(job.listing, plan, job.complete) is None
+        limited = not job.complete and bool(run.plans())  # the first so many were chosen then
+        adopted = limited or run.plan(job.listing, plan, job.complete) is None
         rounds = _rounds(run, adopted)
     if not storage.exists(tables.service(run.root, "dataset.json")):
         tables.write_dataset_info(run.root, job.info())
     rows, seconds, start = (0, 0.0, 0.0)
+    stop = threading.Event()
     for todo in rounds:
-        if todo:
-            done = _work(run, job, todo, limits, options.engine, watch)
+        if todo and not stop.is_set():
+            done = _work(run, job, todo, limits, options.engine, watch, stop)
             rows, seconds, start = rows + done[0], seconds + done[1], start + done[2]
     state = run.finish()
     watch.say(_summary(state, rows, seconds))
+    if stop.is_set():
+        raise StoppedError(f"stopped after segbatch {job.verb} was done", "run the same command again to go on")
     _check_bad(state, limits)
     return RunResult(state, rows, seconds, start)
 
@@ -304,7 +319,13 @@ def _rounds(run: Run, adopted: bool) -> Iterator[list[ShardRef]]:
 
 
 def _work(
-    run: Run, job: Job, todo: list[ShardRef], limits: Limits, config: EngineConfig, watch: Watch
+    run: Run,
+    job: Job,
+    todo: list[ShardRef],
+    limits: Limits,
+    config: EngineConfig,
+    watch: Watch,
+    stop: threading.Event,
 ) -> tuple[int, float, float]:
     """Map the shards; returns rows done, seconds of work, seconds of the engine's start."""
     kind = config.kind if config.kind != "auto" else _pick_engine(job, todo)
@@ -313,6 +334,7 @@ def _work(
     if kind == "ray":
         watch.say("starting Ray ...")
     control = Control(
+        stop=stop,
         quarantine=run.quarantine(),
         on_quarantine=run.add_quarantine,
         on_ready=counts.ready,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import duckdb
 
 PART_ROWS = 1_000_000
+SELECTED = "selected"
+"""``PlanItem.detail`` of a range of rows that is not the whole file: it cannot follow when the file changes."""
 _INDEX = "shards.parquet"
 _GROUP_ROWS = 4096
 _SMALL = 4096
@@ -410,7 +412,8 @@ def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], co
         listing = Path(scratch) / "listing.parquet"
         _write_listing(listing, items)
         db.execute(
-            "CREATE TABLE listing AS SELECT row_number() OVER () AS ord, * EXCLUDE (shard) FROM read_parquet(?)",
+            "CREATE TABLE listing AS SELECT row_number() OVER () AS ord, * EXCLUDE (shard) "
+            "FROM read_parquet(?, hive_partitioning=false)",
             [str(listing)],
         )
         db.execute(
@@ -420,9 +423,11 @@ def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], co
         db.execute("CREATE TABLE cuts (plan BIGINT, shard BIGINT)")
         for plan, path in _local_copies(root, plans, Path(scratch)):
             if path.name.endswith(_INDEX):
-                db.execute("INSERT INTO cuts SELECT ?, number FROM read_parquet(?)", [plan, str(path)])
+                db.execute(
+                    "INSERT INTO cuts SELECT ?, number FROM read_parquet(?, hive_partitioning=false)", [plan, str(path)]
+                )
             else:
-                rows = "SELECT ?, row_number() OVER (), * FROM read_parquet(?)"
+                rows = "SELECT ?, row_number() OVER (), * FROM read_parquet(?, hive_partitioning=false)"
                 db.execute(f"INSERT INTO planned {rows}", [plan, str(path)])
         return _query_changes(root, plans, db, complete)
 
@@ -452,7 +457,7 @@ _NEW = (
     "SELECT sample_id, uri, etag, bytes, rows, row_start, detail FROM listing ANTI JOIN live USING (uri) ORDER BY ord"
 )
 _REDO = (
-    "SELECT p.shard, l.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, l.detail "
+    "SELECT p.shard, l.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, coalesce(l.detail, p.detail) "
     "FROM live p JOIN touched USING (shard) LEFT JOIN listing l USING (uri) ORDER BY p.shard, p.ord"
 )
 
@@ -465,7 +470,7 @@ def _query_changes(root: str, plans: Sequence[PlanInfo], db: "duckdb.DuckDBPyCon
     redo = db.execute(_REDO).fetchall()
     if not redo:
         return _Changes(new, [])
-    if db.execute("SELECT count(*) > count(DISTINCT uri) FROM listing").fetchall()[0][0]:
+    if any(row[-1] == SELECTED for row in redo):
         raise ConfigError(f"the input of {root} has changed under a selection of its rows", "choose a new output")
     extent = dict(db.execute("SELECT uri, max(row_start) FROM live GROUP BY uri").fetchall())
     keys = {s.number: s.key for info in plans for s in shards_of(root, "", info)}

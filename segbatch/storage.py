@@ -12,6 +12,7 @@ import io
 import os
 import platform
 import random
+import stat as stat_module
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -264,8 +265,12 @@ def list_files(root: str, suffixes: tuple[str, ...] = (), recursive: bool = True
     return (i for i in walk if keep(i.uri))
 
 
-def _walk_local(root: str, recursive: bool) -> Iterator[ObjectInfo]:
+def _walk_local(root: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()) -> Iterator[ObjectInfo]:
     try:
+        here = os.stat(root)
+        if (here.st_dev, here.st_ino) in above:  # a link back to a folder that we are in
+            return
+        above = (*above, (here.st_dev, here.st_ino))
         entries = sorted(os.scandir(root), key=lambda e: e.name)
     except FileNotFoundError:
         return
@@ -274,14 +279,27 @@ def _walk_local(root: str, recursive: bool) -> Iterator[ObjectInfo]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            if recursive:
-                yield from _walk_local(entry.path, recursive)
-            continue
+        if not entry.name.isprintable() and _is_undecodable(entry.name):
+            raise StorageError(f"{root} holds a file name that is not UTF-8: {entry.name!r}", "rename that file")
         try:
-            yield _local_info(entry.path, entry.stat())
+            found = entry.stat()
         except FileNotFoundError:  # removed since, or a dangling link: not an input
             continue
+        except OSError as error:
+            raise _translate(error, entry.path, "look at") from error
+        if stat_module.S_ISDIR(found.st_mode):
+            if recursive:
+                yield from _walk_local(entry.path, recursive, above)
+        elif stat_module.S_ISREG(found.st_mode):  # a pipe or a device would be read for ever
+            yield _local_info(entry.path, found)
+
+
+def _is_undecodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _walk_remote(root: str, recursive: bool) -> Iterator[ObjectInfo]:
@@ -518,8 +536,17 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
 
 
 def read_lines(uri: str) -> list[str]:
-    """Lines of a UTF-8 text object, without line ends."""
-    return read_bytes(uri).decode("utf-8").splitlines()
+    """Lines of a UTF-8 text object, without line ends.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    try:
+        return read_bytes(uri).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{uri} is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8"
+        ) from error
 
 
 def buffer() -> io.BytesIO:

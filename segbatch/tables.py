@@ -71,11 +71,15 @@ def open_part(uri: str, table: str) -> pq.ParquetFile:
         file = pq.ParquetFile(source)
     except pa.ArrowInvalid as error:
         source.close()
-        raise SchemaError(
-            f"{uri} is not a readable Parquet file: {error}", "delete it and run the command that wrote it again"
-        ) from error
+        raise _unreadable(uri, error) from error
     schemas.check_version(table, file.schema_arrow, uri)
     return file
+
+
+def _unreadable(uri: str, error: Exception) -> SchemaError:
+    return SchemaError(
+        f"{uri} is not a readable Parquet file: {error}", "delete it and run the command that wrote it again"
+    )
 
 
 def batches(
@@ -136,9 +140,13 @@ def footer(uri: str) -> dict[str, str]:
 
     Raises:
         ObjectMissing: the file is not there.
+        SchemaError: it is not Parquet.
     """
     with storage.open_input(uri) as source:
-        metadata = pq.read_metadata(source).metadata or {}
+        try:
+            metadata = pq.read_metadata(source).metadata or {}
+        except pa.ArrowInvalid as error:
+            raise _unreadable(uri, error) from error
     return {k.decode(): v.decode() for k, v in metadata.items() if k != b"ARROW:schema"}
 
 

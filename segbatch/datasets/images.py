@@ -10,7 +10,7 @@ from typing import ClassVar
 from segbatch import storage
 from segbatch.datasets import reading
 from segbatch.datasets.reading import IMAGE_SUFFIXES
-from segbatch.errors import ConfigError
+from segbatch.errors import ConfigError, StorageError
 from segbatch.records import ClassTable, PlanItem, Sample, Task
 from segbatch.storage import ObjectInfo
 
@@ -169,10 +169,20 @@ def _common_folder(uris: Sequence[str]) -> str:
     return "".join(f"{part}/" for part, _ in common)
 
 
+def _stat(uri: str) -> ObjectInfo | None:
+    """None also for an address that cannot be one: it becomes a row with a reason, not the end of the run."""
+    try:
+        return storage.stat(uri)
+    except StorageError as error:
+        if error.retryable:
+            raise
+        return None
+
+
 def _stated(uris: Sequence[str], folder: str) -> Iterator[PlanItem]:
     """Items of a list, in its order; the look-ups overlap, a few hundred ahead of the reader."""
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         for start in range(0, len(uris), 256):
             window = uris[start : start + 256]
-            for uri, found in zip(window, pool.map(storage.stat, window), strict=True):
+            for uri, found in zip(window, pool.map(_stat, window), strict=True):
                 yield _item(found or ObjectInfo(uri, reading.MISSING, 0), uri.removeprefix(folder))

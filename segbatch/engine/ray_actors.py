@@ -53,7 +53,7 @@ class _Actor:
 
     def open(self, task: Task, threads: int) -> None:
         """Open the journal and the worker (load the model)."""
-        self._journal = journal.FileJournal(self._path, threads + _SPARE_SLOTS)
+        self._journal = journal.FileJournal(self._path, 2 * threads + _SPARE_SLOTS)
         self._worker = task.open(threads, self._journal)
 
     def place(self) -> _Place:
@@ -284,7 +284,8 @@ class _Driver:
                 self._raised(shard, error)
                 continue
             del slot.running[reference]
-            slot.committed += outcome.rows
+            if not outcome.committed_by_other:
+                slot.committed += outcome.rows
             self._rows += outcome.rows
             self._progress_at = time.monotonic()
             yield outcome

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 _ROWS_PER_BATCH = 64
 _READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
+_PHOTOS_AHEAD = 32  # bytes that wait for a codec thread
 _CHUNK = 4  # photos that go through the threads together: fewer hand-overs, while little waits
 _SAMPLE_COLUMNS = ["sample_id", "group_id", "image", "image_uri", "etag", "status"]
 
@@ -117,6 +118,7 @@ class PredictWorker:
         self._journal = journal
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+        self._reads_ahead = max(_PHOTOS_AHEAD // self._chunk, 1)
         self._window = threads + 1
         self._rows_done = 0
         self._count_lock = threading.Lock()
@@ -172,11 +174,17 @@ class PredictWorker:
     def _rows(self, shard: int, photos: Iterable[_Photo], skip: Mapping[str, str]) -> Iterator[_Row]:
         """Chunks in order, each read ahead and then worked on by a codec thread."""
         reading = (self._readers.submit(self._read, c, skip) for c in _chunks(photos, self._chunk))
-        working = (self._pool.submit(self._work, shard, r.result()) for r in _ahead(reading, _READERS))
-        for done in _ahead(working, self._window):
-            rows = done.result()
-            self._count(len(rows))
-            yield from rows
+        working = (self._pool.submit(self._work, shard, r.result()) for r in _ahead(reading, self._reads_ahead))
+        counted = 0
+        try:
+            for done in _ahead(working, self._window):
+                rows = done.result()
+                self._count(len(rows))
+                counted += len(rows)
+                yield from rows
+        except BaseException:
+            self._count(-counted)  # the shard begins anew
+            raise
 
     def _count(self, rows: int) -> None:
         with self._count_lock:
@@ -210,19 +218,26 @@ class PredictWorker:
         """Decode, predict and encode a chunk in one codec thread, while its pixels are still in the cache."""
         slot = threading.current_thread().name
         self._journal.note(slot, shard, [r.photo.sample_id for r in rows if r.status == OK])
+        try:
+            self._through(f"model-{slot}", shard, rows)
+        finally:
+            self._journal.clear(slot)
+        return rows
+
+    def _through(self, model_slot: str, shard: int, rows: list[_Row]) -> None:
         for row in rows:
             if row.data is not None:
                 self._decode(row, row.data)
         good = [r for r in rows if r.status == OK]
         if good:
-            self._journal.note(f"model-{slot}", shard, [r.photo.sample_id for r in good])
-            self._predict(good)
-            self._journal.clear(f"model-{slot}")
+            self._journal.note(model_slot, shard, [r.photo.sample_id for r in good])
+            try:
+                self._predict(good)
+            finally:
+                self._journal.clear(model_slot)
         for row in rows:
             if row.raw is not None:
                 self._encode(row, row.raw)
-        self._journal.clear(slot)
-        return rows
 
     def _decode(self, row: _Row, data: bytes) -> None:
         """The upright photo as the model wants it."""
@@ -364,12 +379,16 @@ def _photos(items: Sequence[PlanItem]) -> Iterator[_Photo]:
 def _ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
     """The same futures in order, each handed on only when ``window`` more have been started."""
     started: deque[Future[T]] = deque()
-    for future in futures:
-        started.append(future)
-        if len(started) > window:
+    try:
+        for future in futures:
+            started.append(future)
+            if len(started) > window:
+                yield started.popleft()
+        while started:
             yield started.popleft()
-    while started:
-        yield started.popleft()
+    finally:  # when a shard fails, what it has not begun must not run beside its next attempt
+        for future in started:
+            future.cancel()
 
 
 def _chunks(photos: Iterable[_Photo], size: int) -> Iterator[list[_Photo]]:

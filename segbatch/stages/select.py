@@ -7,6 +7,7 @@ import pyarrow.dataset as ds
 
 from segbatch import schemas, storage, tables
 from segbatch.errors import ConfigError
+from segbatch.planning import SELECTED
 from segbatch.records import PlanItem
 from segbatch.storage import ObjectInfo
 
@@ -26,7 +27,7 @@ def sample_ranges(root: str, where: str = "") -> Iterator[PlanItem]:
             continue
         for start, stop in _ranges(part, where):
             share = part.size * (stop - start) // max(rows, 1)
-            yield PlanItem("", part.uri, part.etag, share, stop - start, start)
+            yield PlanItem("", part.uri, part.etag, share, stop - start, start, SELECTED)
 
 
 def _ranges(part: ObjectInfo, where: str) -> Iterator[tuple[int, int]]:
@@ -39,10 +40,11 @@ def _ranges(part: ObjectInfo, where: str) -> Iterator[tuple[int, int]]:
     with duckdb.connect(config={"enable_external_access": False, "python_enable_replacements": False}) as db:
         db.register("samples", rows)
         try:
-            chosen = [r for (r,) in db.execute(f'SELECT "row" FROM samples WHERE ({where}) ORDER BY "row"').fetchall()]
+            sql = f'SELECT "row" FROM samples WHERE ({where}\n) ORDER BY "row"'
+            chosen = [row for (row,) in db.execute(sql).fetchall()]
         except duckdb.Error as error:
             raise ConfigError(
-                f"--where {where}: {str(error).splitlines()[0]}", f"columns: {', '.join(columns)}"
+                f"--where {' '.join(where.split())}: {str(error).splitlines()[0]}", f"columns: {', '.join(columns)}"
             ) from error
     start = previous = None
     for row in chosen:

@@ -9,7 +9,7 @@ import pytest
 from segbatch import planning
 from segbatch.config import PlanConfig
 from segbatch.errors import ConfigError
-from segbatch.planning import cut, items_of, latest_shards, preview, publish, published
+from segbatch.planning import SELECTED, cut, items_of, latest_shards, preview, publish, published
 from segbatch.records import PlanItem, ShardRef
 
 
@@ -209,7 +209,7 @@ def test_growing_and_shrinking_parquet_file(tmp_path: Path) -> None:
 
 def test_selection_of_a_changed_file_is_refused(tmp_path: Path) -> None:
     def chosen(etag: str) -> list[PlanItem]:
-        return [PlanItem("", "/s.parquet", etag, 10, 2, start) for start in (0, 5)]
+        return [PlanItem("", "/s.parquet", etag, 10, 2, start, SELECTED) for start in (0, 5)]
 
     plan(tmp_path, chosen("1"))
     assert plan(tmp_path, chosen("1")) is None
