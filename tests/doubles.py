@@ -7,6 +7,7 @@ All share one reference and one digest, so that a run begun with one double may 
 import os
 import resource
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ from segbatch.runs import Journal, Run
 
 Color = tuple[int, int, int]
 RED, BLUE = 1, 2
+ONE_AT_A_TIME = threading.Lock()
+"""For doubles that act once: ``forward`` runs in several threads at a time."""
+
 SPEC = ModelSpec(
     name="double",
     task="semantic",
@@ -196,7 +200,9 @@ class Planner(FreeModel):
     out: str = ""
 
     def act(self, batch: NDArray[np.uint8]) -> None:
-        if len(published(self.out)) == 1:
+        with ONE_AT_A_TIME:
+            if len(published(self.out)) > 1:
+                return
             photos.folder(Path(self.source), 4, first=50)
             job = jobs.predict_job(self, self.source, self.out, "", jobs.Selection(), 0, api.MAX_PIXELS)
             Run(self.out, "masks").plan(job.listing, PlanConfig())

@@ -49,12 +49,23 @@ class _Place:
 
 
 class _Actor:
-    """The process that works. Its constructor does nothing, so that errors of ``open`` keep their type."""
+    """The process that works. Its constructor opens nothing, so that errors of ``open`` keep their type."""
+
+    def __init__(self) -> None:
+        self._leaving = threading.Lock()
+        self._forgotten = False
 
     def open(self, task: Task, threads: int) -> None:
-        """Open the journal and the worker (load the model)."""
-        self._journal = journal.FileJournal(self._path, 2 * threads + _SPARE_SLOTS)
-        self._worker = task.open(threads, self._journal)
+        """Open the journal and the worker (load the model), unless the actor is no longer needed."""
+        with self._leaving:
+            if self._forgotten:
+                return
+            notes = journal.FileJournal(self._path, 2 * threads + _SPARE_SLOTS)
+        try:
+            self._worker = task.open(threads, notes)
+        except BaseException:
+            self.forget()
+            raise
 
     def place(self) -> _Place:
         """Node, process and where the journal will be; the driver knows it before it is written."""
@@ -71,7 +82,9 @@ class _Actor:
 
     def forget(self) -> None:
         """Remove the journal: this actor is no longer needed."""
-        journal.remove(self._path)
+        with self._leaving:
+            self._forgotten = True
+            journal.remove(self._path)
 
 
 @ray.remote(max_retries=0)

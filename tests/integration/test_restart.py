@@ -138,11 +138,12 @@ class Intruder(doubles.FreeModel):
 
     def act(self, batch: NDArray[np.uint8]) -> None:
         source, out = Path(self.source), Path(self.out)
-        if len(published(self.out)) == 1:
-            photos.folder(source, 4, first=50)
-            doubles.predict(doubles.FreeModel(), source, out, "inline")
-            (source / "photo-0000.jpg").write_bytes(photos.jpeg(77))
-            doubles.predict(doubles.FreeModel(), source, out, "inline")
+        with doubles.ONE_AT_A_TIME:
+            if len(published(self.out)) == 1:
+                photos.folder(source, 4, first=50)
+                doubles.predict(doubles.FreeModel(), source, out, "inline")
+                (source / "photo-0000.jpg").write_bytes(photos.jpeg(77))
+                doubles.predict(doubles.FreeModel(), source, out, "inline")
 
 
 def test_another_driver_plans_and_rewrites_meanwhile(tmp_path: Path) -> None:
