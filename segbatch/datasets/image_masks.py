@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -88,15 +89,8 @@ class ImageMasks:
         label_uri = str(detail["label"])
         mask = reading.read_label(label_uri)
         reading.check_size(mask, info, label_uri, item.uri)
-        return Sample(
-            sample_id=item.sample_id,
-            image=data,
-            image_format=info.format,
-            image_uri=item.uri,
-            height=info.height,
-            width=info.width,
-            channels=info.channels,
-            exif_orientation=info.exif_orientation,
+        return replace(
+            reading.sample_of(item, data, info),
             split=str(detail["split"]),
             semantic=_label_ids(mask, label_uri, *detail["classes"]),
         )

@@ -58,16 +58,7 @@ class Images:
             DataError: it is not there, is empty or is not an image.
         """
         data, info = reading.read_photo(item.uri)
-        return Sample(
-            sample_id=item.sample_id,
-            image=data,
-            image_format=info.format,
-            image_uri=item.uri,
-            height=info.height,
-            width=info.width,
-            channels=info.channels,
-            exif_orientation=info.exif_orientation,
-        )
+        return reading.sample_of(item, data, info)
 
 
 def list_images(source: str | Sequence[str]) -> Iterator[PlanItem]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from segbatch import storage
 from segbatch.errors import ConfigError, DataError, ObjectMissing
-from segbatch.records import ClassTable, PlanItem
+from segbatch.records import ClassTable, PlanItem, Sample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +26,20 @@ MISSING = "missing"
 """The etag of a listed file that is not there; when it comes, the item has changed."""
 
 _GREY, _GREY_SCALED = 0, {2: 85, 4: 17}
+
+
+def sample_of(item: PlanItem, data: bytes, info: "PhotoInfo") -> Sample:
+    """The photo's part of a sample; a dataset adds its split and labels with ``dataclasses.replace``."""
+    return Sample(
+        sample_id=item.sample_id,
+        image=data,
+        image_format=info.format,
+        image_uri=item.uri,
+        height=info.height,
+        width=info.width,
+        channels=info.channels,
+        exif_orientation=info.exif_orientation,
+    )
 
 
 def joint_etag(*parts: storage.ObjectInfo | None) -> str:
