@@ -15,6 +15,7 @@ from segbatch.config import RunOptions, load_toml
 from segbatch.errors import ConfigError, SegbatchError
 from segbatch.jobs import (
     Limits,
+    Resplit,
     RunResult,
     Selection,
     Silent,
@@ -23,6 +24,7 @@ from segbatch.jobs import (
     draining,
     dry_run,
     evaluate_job,
+    import_job,
     ingest_job,
     job_of,
     predict_job,
@@ -33,6 +35,7 @@ from segbatch.runs import RunState
 
 if TYPE_CHECKING:
     from segbatch.models.registry import ModelSource
+    from segbatch.stages.exporting import Exported
     from segbatch.training import TrainConfig, TrainResult
 
 MAX_PIXELS = 200_000_000
@@ -48,6 +51,7 @@ def ingest(
     *,
     split: Sequence[str] = (),
     by_reference: bool = False,
+    resplit: Resplit | None = None,
     limits: Limits | None = None,
     options: RunOptions | None = None,
     watch: Watch | None = None,
@@ -60,6 +64,7 @@ def ingest(
         out: the run root to write.
         split: splits to read; all when empty.
         by_reference: store only the image's URI, not its bytes.
+        resplit: splits of one's own instead of the official ones.
         limits: how many bad rows are acceptable.
         options: shards and engine.
         watch: who looks on.
@@ -68,8 +73,11 @@ def ingest(
         ConfigError: unknown dataset or split, a source of another layout, or an output of another configuration.
         BadItemsError: more rows are bad than allowed; every row is written.
     """
-    job = ingest_job(dataset, source, out, split, by_reference)
-    return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent())
+    job = ingest_job(dataset, source, out, split, by_reference, resplit)
+    watch = watch or Silent()
+    if dataset == "auto":
+        watch.say(f"{source} looks like {job.config['dataset']}")
+    return carry_out(job, limits or Limits(), options or RunOptions(), watch)
 
 
 def predict(
@@ -142,6 +150,74 @@ def evaluate(
     return RunResult(result.state, result.rows, result.seconds, result.start_seconds, tuple(figures.figures))
 
 
+def import_predictions(
+    form: str,
+    files: str,
+    samples: str,
+    out: str,
+    *,
+    limits: Limits | None = None,
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> RunResult:
+    """Read other people's predictions into a masks table, one row for every good sample.
+
+    Args:
+        form: a name of ``segbatch formats``.
+        files: the file, folder or archive that holds them.
+        samples: run root of the samples they were made for.
+        out: the run root to write.
+        limits: how many samples may lack a good prediction.
+        options: shards and engine.
+        watch: who looks on.
+
+    Raises:
+        ConfigError: an unknown format, files of another one, or predictions of images that are no samples.
+        BadItemsError: more rows are bad than allowed; every row is written.
+    """
+    job = import_job(form, files, samples, out)
+    return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent())
+
+
+def export(
+    form: str,
+    masks: str,
+    samples: str,
+    out: str,
+    *,
+    missing: Literal["error", "skip"] = "error",
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> "Exported":
+    """Write masks in the form that an evaluation server or another tool takes.
+
+    Args:
+        form: a name of ``segbatch formats``.
+        masks: run root of the predictions; the samples root itself exports their ground truth.
+        samples: run root of the samples.
+        out: folder to write; files of an earlier export are replaced.
+        missing: ``skip`` leaves bad rows out, and counts them.
+        options: threads of the engine.
+        watch: who looks on.
+
+    Raises:
+        ConfigError: an unknown format, or tables without what it needs.
+        IncompleteRunError: bad rows, and ``missing`` is ``error``.
+        DataError: a row that the format cannot hold, named.
+    """
+    import os
+
+    from segbatch.formats import registry
+    from segbatch.stages.exporting import export as write
+
+    out, watch = storage.resolve(out), watch or Silent()
+    threads = (options or RunOptions()).engine.threads or len(os.sched_getaffinity(0))
+    done = write(registry.format_of(form), masks, samples, out, threads, missing == "skip")
+    skipped = f"; {done.skipped} bad rows left out" if done.skipped else ""
+    watch.say(f"{done.rows} images in {done.files} files ({done.bytes / 1e6:.1f} MB) below {out}{skipped}")
+    return done
+
+
 def retry(
     out: str,
     *,
@@ -153,7 +229,7 @@ def retry(
     """Redo only the rows whose status is an error, in place; good rows are copied, other shards not touched.
 
     Args:
-        out: the run root of a predict.
+        out: the run root of an ingest, a predict or an import.
         model: needed only where ``predict`` was given a ``ModelSource`` of one's own; it must be the same model.
         limits: how many bad rows are acceptable.
         options: the engine.
@@ -163,8 +239,8 @@ def retry(
         ConfigError: ``out`` is not a run root, or its verb cannot be retried.
     """
     job = job_of(out, model)
-    if job.verb != "predict":
-        raise ConfigError(f"{out} was made by segbatch {job.verb}, which has nothing to retry", "give a predict output")
+    if job.verb == "evaluate":
+        raise ConfigError(f"{out} was made by segbatch {job.verb}, which has nothing to retry", "retry its input")
     return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent(), failed=True)
 
 
@@ -258,10 +334,11 @@ def preview_ingest(
     *,
     split: Sequence[str] = (),
     by_reference: bool = False,
+    resplit: Resplit | None = None,
     options: RunOptions | None = None,
 ) -> Preview:
     """What ``ingest`` would do; writes nothing."""
-    return dry_run(ingest_job(dataset, source, out, split, by_reference), options or RunOptions())
+    return dry_run(ingest_job(dataset, source, out, split, by_reference, resplit), options or RunOptions())
 
 
 def preview_predict(
@@ -280,15 +357,18 @@ def preview_predict(
     return dry_run(job, options or RunOptions())
 
 
-def catalogue(family: Literal["models", "datasets", "metrics"]) -> list[dict[str, str]]:
-    """Name and one-line summary of every registered model, dataset or metric."""
+def catalogue(family: Literal["models", "datasets", "metrics", "formats"]) -> list[dict[str, str]]:
+    """Name and one-line summary of every registered model, dataset, metric or format."""
     from segbatch.datasets import registry as datasets
+    from segbatch.formats import registry as formats
     from segbatch.metrics import registry as metrics
     from segbatch.models import architectures
     from segbatch.models import registry as models
 
     if family == "datasets":
         found = {n: _first_line(datasets.dataset(n)) for n in datasets.names()}
+    elif family == "formats":
+        found = {n: _first_line(formats.format_of(n)) for n in formats.names()}
     elif family == "metrics":
         found = {n: _first_line(metrics.metric(n)) for n in metrics.names()}
     else:

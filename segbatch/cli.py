@@ -14,7 +14,7 @@ from segbatch.version import __version__
 
 if TYPE_CHECKING:
     from segbatch.config import RunOptions
-    from segbatch.jobs import Limits, RunResult
+    from segbatch.jobs import Limits, Resplit, RunResult
 
 app = App(
     name="segbatch",
@@ -43,6 +43,9 @@ def ingest(
     *,
     split: Annotated[tuple[str, ...], Parameter(name="--split", negative=())] = (),
     by_reference: Annotated[bool, Parameter(negative=())] = False,
+    split_by: str = "",
+    fractions: str = ".8,.1,.1",
+    strict: Annotated[bool, Parameter(negative=())] = False,
     max_bad_fraction: MaxBad = 0.0,
     fail_fast: FailFast = False,
     engine: EngineName = "auto",
@@ -58,25 +61,30 @@ def ingest(
         out: Run root to write.
         split: Read only this split; may be given more than once.
         by_reference: Keep only the images' addresses, not their bytes.
+        split_by: hash:group_id or hash:sample_id, for splits of your own that hold when data are added.
+        fractions: Shares of train, val and test for --split-by.
+        strict: Stop at the first bad image or doubtful annotation.
     """
     from segbatch import api
 
     options = _options(set_, engine)
+    choice: dict[str, Any] = {
+        "split": split,
+        "by_reference": by_reference,
+        "resplit": _resplit(split_by, fractions),
+        "options": options,
+    }
     if dry_run:
-        _show_preview(
-            api.preview_ingest(dataset, source, out, split=split, by_reference=by_reference, options=options), json_
-        )
+        _show_preview(api.preview_ingest(dataset, source, out, **choice), json_)
         return
     watch = _Terminal()
     result = api.ingest(
         dataset,
         source,
         out,
-        split=split,
-        by_reference=by_reference,
-        limits=_limits(max_bad_fraction, fail_fast),
-        options=options,
+        limits=_limits(max_bad_fraction, fail_fast, strict),
         watch=watch,
+        **choice,
     )
     _show_run(result, json_, f'segbatch query {out} "SELECT split, count(*) FROM samples GROUP BY 1"')
 
@@ -168,6 +176,69 @@ def evaluate(
         return
     _show_figures(result.figures)
     print(f"next: segbatch report {out} {out}/report.html")
+
+
+@app.command
+def export(
+    format: str,
+    masks: str,
+    samples: str,
+    out: str,
+    *,
+    missing: Literal["error", "skip"] = "error",
+    set_: Sets = (),
+    json_: Json = False,
+) -> None:
+    """Write masks in the form that an evaluation server or another tool takes.
+
+    Args:
+        format: Name from `segbatch formats`.
+        masks: Run root of the predictions; the samples root itself exports the ground truth.
+        samples: Run root of the samples.
+        out: Folder to write.
+        missing: What to do about bad rows.
+    """
+    from segbatch import api
+
+    options = _options(set_, "auto")
+    done = api.export(format, masks, samples, out, missing=missing, options=options, watch=_Terminal())
+    if json_:
+        _print_json(asdict(done))
+
+
+@app.command(name="import")
+def import_(
+    format: str,
+    files: str,
+    samples: str,
+    out: str,
+    *,
+    max_bad_fraction: MaxBad = 0.0,
+    fail_fast: FailFast = False,
+    engine: EngineName = "auto",
+    set_: Sets = (),
+    json_: Json = False,
+) -> None:
+    """Read other people's predictions into a masks table.
+
+    Args:
+        format: Name from `segbatch formats`.
+        files: File, folder or archive that holds them.
+        samples: Run root of the samples they were made for.
+        out: Run root to write.
+    """
+    from segbatch import api
+
+    result = api.import_predictions(
+        format,
+        files,
+        samples,
+        out,
+        limits=_limits(max_bad_fraction, fail_fast),
+        options=_options(set_, engine),
+        watch=_Terminal(),
+    )
+    _show_run(result, json_, f"segbatch evaluate {out} {samples} METRICS")
 
 
 @app.command
@@ -292,6 +363,12 @@ def models(*, json_: Json = False) -> None:
 def datasets(*, json_: Json = False) -> None:
     """List what can stand as DATASET."""
     _show_catalogue("datasets", json_)
+
+
+@app.command
+def formats(*, json_: Json = False) -> None:
+    """List what can stand as FORMAT."""
+    _show_catalogue("formats", json_)
 
 
 @app.command
@@ -433,8 +510,9 @@ def _show_preview(preview: Any, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(preview))
         return
-    print(f"would do {preview.rows} images ({preview.bytes / 1e6:.1f} MB) in {preview.shards} new shards")
-    print(f"rewritten: {preview.rewrites} shards; already planned: {preview.planned_rows} images; nothing was written")
+    print(f"new: {preview.rows} images ({preview.bytes / 1e6:.1f} MB) in {preview.shards} shards")
+    print(f"changed: {preview.changed}, gone: {preview.gone}; {preview.rewrites} shards would be made again for them")
+    print(f"planned already: {preview.planned_rows} images; nothing was written")
 
 
 def _show_figures(figures: Any, classes: bool = True) -> None:
@@ -456,7 +534,7 @@ def _number(value: float | None, metric: str = "") -> str:
     return f"{value:.0f}" if metric.startswith("images_") else f"{value:.4f}"
 
 
-def _show_catalogue(family: Literal["models", "datasets", "metrics"], as_json: bool) -> None:
+def _show_catalogue(family: Literal["models", "datasets", "metrics", "formats"], as_json: bool) -> None:
     from segbatch import api
 
     entries = api.catalogue(family)
@@ -491,10 +569,23 @@ def _options(sets: tuple[str, ...], engine: str) -> "RunOptions":
     return parse(RunOptions, apply_sets({}, [*kind, *sets]), "--set")
 
 
-def _limits(max_bad_fraction: float, fail_fast: bool) -> "Limits":
+def _limits(max_bad_fraction: float, fail_fast: bool, strict: bool = False) -> "Limits":
     from segbatch.jobs import Limits
 
-    return Limits(max_bad_fraction, fail_fast)
+    return Limits(max_bad_fraction, fail_fast, strict)
+
+
+def _resplit(split_by: str, fractions: str) -> "Resplit":
+    from segbatch.errors import ConfigError
+    from segbatch.jobs import Resplit
+
+    if split_by and not split_by.startswith("hash:"):
+        raise ConfigError(f"--split-by {split_by} is not known", "hash:group_id or hash:sample_id")
+    try:
+        shares = tuple(float(f) for f in fractions.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--fractions {fractions} are not numbers", "e.g. .8,.1,.1") from error
+    return Resplit(split_by.removeprefix("hash:"), shares)
 
 
 def _batch_size(text: str) -> int:

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import os
 import random
 import signal
@@ -87,10 +89,17 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When bad items matter: every row is finished first, unless ``fail_fast``."""
+    """When bad items matter: every row is finished first, unless ``fail_fast`` or ``strict``.
+
+    Attributes:
+        max_bad_fraction: more bad rows than that are an error.
+        fail_fast: stop at the first shard with a bad row.
+        strict: stop at the first shard with a bad row, or a good row with an issue.
+    """
 
     max_bad_fraction: float = 0.0
     fail_fast: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1:
@@ -114,6 +123,7 @@ class Job:
     complete: bool = True
     prefers_ray: bool = False
     unsplit: bool = False
+    grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,28 +138,74 @@ class Selection:
             raise ConfigError(f"--limit {self.limit} is negative")
 
 
-def ingest_job(dataset: str, source: str, out: str, split: Sequence[str], by_reference: bool) -> Job:
+@dataclass(frozen=True, slots=True)
+class Resplit:
+    """Splits of one's own: by a hash of what stays together, so that they hold when data are added.
+
+    Attributes:
+        by: ``group_id`` or ``sample_id``; empty keeps the official splits.
+        fractions: of train, val and test; two give train and val. Their sum is 1.
+    """
+
+    by: str = ""
+    fractions: tuple[float, ...] = (0.8, 0.1, 0.1)
+
+    def __post_init__(self) -> None:
+        if self.by not in ("", "group_id", "sample_id"):
+            raise ConfigError(f"--split-by {self.by!r} is not known", "hash:group_id or hash:sample_id")
+        good = 2 <= len(self.fractions) <= len(_SPLIT_NAMES) and all(f >= 0 for f in self.fractions)
+        if not good or abs(sum(self.fractions) - 1) > 1e-9:
+            given = ",".join(f"{f:g}" for f in self.fractions)
+            raise ConfigError(f"--fractions {given} are not two or three shares that add up to 1", "e.g. .8,.1,.1")
+
+    def split_of(self, item: PlanItem) -> str:
+        """The split of an item; items without a group stand for themselves."""
+        key = (item.group_id if self.by == "group_id" else "") or item.sample_id
+        place = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+        bounds = itertools.accumulate(self.fractions[:-1])
+        return _SPLIT_NAMES[sum(place >= bound for bound in bounds)]
+
+
+_SPLIT_NAMES = ("train", "val", "test")
+
+
+def ingest_job(
+    dataset: str, source: str, out: str, split: Sequence[str], by_reference: bool, resplit: Resplit | None = None
+) -> Job:
     """The job of ``api.ingest``."""
     from segbatch.datasets import registry
     from segbatch.stages.ingest import IngestTask
 
-    source = storage.resolve(source)
-    found = registry.dataset(dataset, source)
-    splits = tuple(split)
-    config = {"dataset": found.name, "source": source, "splits": list(splits), "by_reference": by_reference}
+    found, tree = registry.find(dataset, source)
+    splits, resplit = tuple(split), resplit or Resplit()
+    config: dict[str, Any] = {
+        "dataset": found.name,
+        "source": tree.source,
+        "splits": list(splits),
+        "by_reference": by_reference,
+    }
+    if resplit.by:
+        config |= {"split_by": resplit.by, "fractions": list(resplit.fractions)}
+
+    def listing() -> Iterator[PlanItem]:
+        items = found.items(tree, splits)
+        return (replace(i, split=resplit.split_of(i)) for i in items) if resplit.by else items
+
     return Job(
         verb="ingest",
         table="samples",
         out=storage.resolve(out),
         config=config,
-        listing=lambda: found.items(source, splits),
-        task=IngestTask(found.name, source, by_reference),
+        listing=listing,
+        task=IngestTask(found.name, by_reference),
         info=lambda: {
             "name": found.name,
-            "source": source,
-            "splits": list(splits or found.splits(source)),
-            "classes": found.classes(source).to_json(),
+            "source": tree.source,
+            "splits": list(splits or found.splits(tree)),
+            "tasks": list(found.tasks),
+            "classes": found.classes(tree).to_json(),
         },
+        grouped=found.grouped,
     )
 
 
@@ -240,13 +296,33 @@ def evaluate_job(masks: str, samples: str, out: str, protocol: str) -> Job:
     )
 
 
+def import_job(form: str, files: str, samples: str, out: str) -> Job:
+    """The job of ``api.import_predictions``."""
+    from segbatch.stages import importing as stage
+
+    files, samples = storage.resolve(files), tables.root_of(samples, "samples")
+    info = tables.dataset_info(samples)
+    return Job(
+        verb="import",
+        table="masks",
+        out=storage.resolve(out),
+        config={"format": form, "files": files, "samples": samples},
+        listing=lambda: stage.items(form, files, samples),
+        task=stage.ImportTask(form),
+        info=lambda: {"name": f"import:{form}", "digest": f"import:{form}", "classes": info["classes"]},
+    )
+
+
+_TABLES = {"ingest": "samples", "predict": "masks", "import": "masks", "evaluate": "state"}
+
+
 def run_of(out: str) -> Run:
     """The run at a root that exists."""
     root = storage.resolve(out)
     document = Run(root, "").document()
     if document is None:
         raise ConfigError(f"{out} is not a run root: it has no .segbatch/config.json", "give the OUT of an earlier run")
-    return Run(root, {"ingest": "samples", "predict": "masks", "evaluate": "state"}[document["verb"]])
+    return Run(root, _TABLES[document["verb"]])
 
 
 def job_of(out: str, model: "str | ModelSource" = "") -> Job:
@@ -255,9 +331,12 @@ def job_of(out: str, model: "str | ModelSource" = "") -> Job:
     document = run.document() or {}
     c: dict[str, Any] = document["config"]
     if document["verb"] == "ingest":
-        return ingest_job(c["dataset"], c["source"], run.root, c["splits"], c["by_reference"])
+        resplit = Resplit(c.get("split_by", ""), tuple(c.get("fractions", (0.8, 0.1, 0.1))))
+        return ingest_job(c["dataset"], c["source"], run.root, c["splits"], c["by_reference"], resplit)
     if document["verb"] == "evaluate":
         return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"])
+    if document["verb"] == "import":
+        return import_job(c["format"], c["files"], c["samples"], run.root)
     selection = Selection(c["where"], c["limit"])
     return predict_job(model or c["model"], c["input"], run.root, c["classes"], selection, 0, c["max_pixels"])
 
@@ -267,7 +346,7 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
     found = Run(job.out, job.table).document()
     if found is not None:
         Run.open(job.out, job.table, job.verb, job.config)
-    return preview(job.out, job.listing, options.plan, job.complete)
+    return preview(job.out, job.listing, options.plan, job.complete, job.grouped)
 
 
 # -- carrying a job out ----------------------------------------------------------------------------------------------
@@ -285,7 +364,7 @@ def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, faile
         rounds = iter([list(run.failed())])
     else:
         limited = not job.complete and bool(run.plans())  # the first so many were chosen then
-        adopted = limited or run.plan(job.listing, plan, job.complete) is None
+        adopted = limited or run.plan(job.listing, plan, job.complete, job.grouped) is None
         rounds = _rounds(run, adopted)
     if not storage.exists(tables.service(run.root, "dataset.json")):
         tables.write_dataset_info(run.root, job.info())
@@ -347,10 +426,7 @@ def _work(
                 for outcome in outcomes:
                     run.record(outcome)
                     counts.add(outcome)
-                    if limits.fail_fast and outcome.bad:
-                        raise BadItemsError(
-                            f"{_reasons(outcome.reasons)} in shard {outcome.shard}", "mend it or leave out --fail-fast"
-                        )
+                    _check_outcome(run, outcome, limits)
             work_s, start_s = counts.times()
     finally:
         watch.end()
@@ -358,6 +434,17 @@ def _work(
         storage.sweep_temporary(run.root)
         run.flush()
     return counts.own, work_s, start_s
+
+
+def _check_outcome(run: Run, outcome: Outcome, limits: Limits) -> None:
+    found = {**outcome.reasons, **(outcome.issues if limits.strict else {})}
+    if found and (limits.fail_fast or limits.strict):
+        option = "--strict" if limits.strict else "--fail-fast"
+        first = next(run.complaints(outcome.shard, limits.strict), "")
+        raise BadItemsError(
+            f"{_reasons(found)} in shard {outcome.shard}{f'; first: {first}' if first else ''}",
+            f"mend it or leave out {option}",
+        )
 
 
 def _pick_engine(job: Job, todo: Sequence[ShardRef]) -> Literal["ray", "inline"]:
@@ -437,5 +524,6 @@ def _reasons(reasons: Any) -> str:
 def _summary(state: RunState, rows: int, seconds: float) -> str:
     rate = f", {rows / seconds:.1f} images/s" if rows and seconds > 0 else ""
     bad = f", {state.bad} bad ({_reasons(state.reasons)})" if state.bad else ""
+    bad += f", issues in good ones: {_reasons(state.issues)}" if state.issues else ""
     new = f"{rows} done now in {seconds:.1f} s{rate}" if rows else "nothing was left to do"
     return f"{state.rows_done} of {state.rows} images in {state.shards} shards{bad}; {new}"

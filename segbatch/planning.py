@@ -4,6 +4,7 @@
 it one row per shard; ``.segbatch/plans/<n>.json``, put-if-absent, makes them plan ``n``.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -44,6 +45,8 @@ _ITEM_FIELDS = [
     pa.field("rows", pa.int64()),
     pa.field("row_start", pa.int64()),
     pa.field("detail", pa.string()),
+    pa.field("group_id", pa.string()),
+    pa.field("split", pa.string()),
 ]
 _ITEMS = pa.schema([pa.field("shard", pa.int64()), *_ITEM_FIELDS])
 _SHARDS = pa.schema(
@@ -106,7 +109,12 @@ class _Lost(Exception):
 
 
 def publish(
-    root: str, table: str, listing: Callable[[], Iterable[PlanItem]], options: PlanConfig, complete: bool = True
+    root: str,
+    table: str,
+    listing: Callable[[], Iterable[PlanItem]],
+    options: PlanConfig,
+    complete: bool = True,
+    grouped: bool = False,
 ) -> PlanInfo | None:
     """Plan what the plans so far lack, and publish it; None when nothing is new.
 
@@ -119,43 +127,63 @@ def publish(
         plans = published(root)
         try:
             if not plans:
-                return _write(root, table, cut(listing(), options, 0), number=0, next_shard=0)
-            changes = _changes(root, plans, listing(), complete)
+                return _write(root, table, cut(listing(), options, 0, grouped), number=0, next_shard=0)
             next_shard = plans[-1].next_shard
-            cuts = itertools.chain(
-                (_Cut(items, number, key) for number, key, items in changes.rewrites),
-                cut(changes.new, options, next_shard),
-            )
-            return _write(root, table, cuts, len(plans), next_shard)
+            with _changes(root, plans, listing(), complete) as changes:
+                cuts = itertools.chain(
+                    (_Cut(items, number, key) for number, key, items in changes.rewrites),
+                    cut(changes.new, options, next_shard, grouped),
+                )
+                return _write(root, table, cuts, len(plans), next_shard)
         except _Lost:
             continue
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What publishing would plan: shards and rows that are new or to be rewritten, and what is planned already."""
+    """What publishing would plan.
+
+    Attributes:
+        shards, rows, bytes: that are new.
+        rewrites: shards of earlier plans that would be made again.
+        planned_rows: rows that are planned already.
+        changed, gone: planned inputs that are another version now, or no longer there.
+    """
 
     shards: int
     rows: int
     bytes: int
     rewrites: int
     planned_rows: int
+    changed: int = 0
+    gone: int = 0
 
 
 def preview(
-    root: str, listing: Callable[[], Iterable[PlanItem]], options: PlanConfig, complete: bool = True
+    root: str,
+    listing: Callable[[], Iterable[PlanItem]],
+    options: PlanConfig,
+    complete: bool = True,
+    grouped: bool = False,
 ) -> Preview:
     """Like ``publish``, but only counts; writes nothing."""
     plans = published(root)
-    changes = _changes(root, plans, listing(), complete) if plans else None
-    new: Iterable[PlanItem] = changes.new if changes else listing()
+    if not plans:
+        return Preview(*_measure(cut(listing(), options, 0, grouped)), 0, 0)
+    planned = sum(s.rows for s in latest_shards(root, "", plans))
+    with _changes(root, plans, listing(), complete) as changes:
+        new = _measure(cut(changes.new, options, 0, grouped))
+        return Preview(*new, len(changes.rewrites), planned, changes.changed, changes.gone)
+
+
+def _measure(cuts: Iterable[_Cut]) -> tuple[int, int, int]:
+    """Shards, rows and bytes."""
     shards = rows = size = 0
-    for piece in cut(new, options, 0):
+    for piece in cuts:
         shards += 1
         rows += sum(i.rows for i in piece.items)
         size += sum(i.bytes for i in piece.items)
-    planned = sum(s.rows for s in latest_shards(root, "", plans))
-    return Preview(shards, rows, size, len(changes.rewrites) if changes else 0, planned)
+    return shards, rows, size
 
 
 def latest_shards(root: str, table: str, plans: Sequence[PlanInfo]) -> Iterator[ShardRef]:
@@ -168,10 +196,11 @@ def latest_shards(root: str, table: str, plans: Sequence[PlanInfo]) -> Iterator[
         seen.update(info.rewrites)
 
 
-def cut(items: Iterable[PlanItem], options: PlanConfig, first: int) -> Iterator[_Cut]:
+def cut(items: Iterable[PlanItem], options: PlanConfig, first: int, grouped: bool = False) -> Iterator[_Cut]:
     """Cut a stream of items into shards of at most ``shard_rows`` rows and about ``shard_bytes`` bytes.
 
-    Ranges of rows of one Parquet file never share a shard with another file's: readers can zip the two.
+    Ranges of rows of one Parquet file never share a shard with another file's: readers can zip the two. With
+    ``grouped``, neighbours of one ``group_id`` stay together, and a shard may hold more for that.
     """
     stream = iter(items)
     head = list(itertools.islice(stream, _SMALL))
@@ -179,16 +208,27 @@ def cut(items: Iterable[PlanItem], options: PlanConfig, first: int) -> Iterator[
     numbers = itertools.count(first)
     taken: list[PlanItem] = []
     rows = size = 0
-    for item in itertools.chain(head, stream):
-        for piece in [item] if item.sample_id else _pieces(item, limit):
-            other_file = bool(taken) and not piece.sample_id and piece.uri != taken[0].uri
-            if taken and (other_file or rows + piece.rows > limit or size + piece.bytes > options.shard_bytes):
-                yield _Cut(taken, next(numbers))
-                taken, rows, size = [], 0, 0
-            taken.append(piece)
-            rows, size = rows + piece.rows, size + piece.bytes
+    for pieces in _units(itertools.chain(head, stream), limit, grouped):
+        more, heavier = sum(p.rows for p in pieces), sum(p.bytes for p in pieces)
+        other_file = bool(taken) and not pieces[0].sample_id and pieces[0].uri != taken[0].uri
+        if taken and (other_file or rows + more > limit or size + heavier > options.shard_bytes):
+            yield _Cut(taken, next(numbers))
+            taken, rows, size = [], 0, 0
+        taken += pieces
+        rows, size = rows + more, size + heavier
     if taken:
         yield _Cut(taken, next(numbers))
+
+
+def _units(items: Iterable[PlanItem], limit: int, grouped: bool) -> Iterator[list[PlanItem]]:
+    """What may not be cut: single items, neighbours of one group, pieces of a range of rows."""
+    places = itertools.count()
+    for _, together in itertools.groupby(items, lambda i: i.group_id if grouped and i.group_id else next(places)):
+        members = list(together)
+        if members[0].sample_id:
+            yield members
+        else:
+            yield from ([piece] for member in members for piece in _pieces(member, limit))
 
 
 def _rows_per_shard(head: Sequence[PlanItem]) -> int:
@@ -200,6 +240,7 @@ def _rows_per_shard(head: Sequence[PlanItem]) -> int:
 
 
 def _pieces(item: PlanItem, limit: int) -> Iterator[PlanItem]:
+    """A range of rows in ranges of at most ``limit`` rows."""
     for start in range(0, item.rows, limit):
         rows = min(limit, item.rows - start)
         share = item.bytes * rows // max(item.rows, 1)
@@ -389,7 +430,7 @@ def items_of(shard: ShardRef) -> list[PlanItem]:
             first += rows
             if low < high:
                 chunk = file.read_row_group(group, use_threads=False).slice(low, high - low).drop_columns("shard")
-                found += [PlanItem(**row) for row in chunk.to_pylist()]
+                found += [PlanItem(**row) for row in chunk.to_pylist()]  # older plans lack the newest columns
     return found
 
 
@@ -398,11 +439,16 @@ def items_of(shard: ShardRef) -> list[PlanItem]:
 
 @dataclass(frozen=True, slots=True)
 class _Changes:
-    new: list[PlanItem]
+    """``new`` is a stream, to be read once; ``rewrites``: shard, its key, its items as they are now."""
+
+    new: Iterator[PlanItem]
     rewrites: list[tuple[int, str, list[PlanItem]]]
+    changed: int
+    gone: int
 
 
-def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], complete: bool) -> _Changes:
+@contextlib.contextmanager
+def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], complete: bool) -> Iterator[_Changes]:
     """Anti-join the input as it is now with every plan so far, out of core, on (uri, etag)."""
     import duckdb
 
@@ -418,7 +464,8 @@ def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], co
         )
         db.execute(
             "CREATE TABLE planned (plan BIGINT, ord BIGINT, shard BIGINT, sample_id VARCHAR, uri VARCHAR, "
-            "etag VARCHAR, bytes BIGINT, rows BIGINT, row_start BIGINT, detail VARCHAR)"
+            "etag VARCHAR, bytes BIGINT, rows BIGINT, row_start BIGINT, detail VARCHAR, group_id VARCHAR, "
+            "split VARCHAR)"
         )
         db.execute("CREATE TABLE cuts (plan BIGINT, shard BIGINT)")
         for plan, path in _local_copies(root, plans, Path(scratch)):
@@ -427,9 +474,9 @@ def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], co
                     "INSERT INTO cuts SELECT ?, number FROM read_parquet(?, hive_partitioning=false)", [plan, str(path)]
                 )
             else:
-                rows = "SELECT ?, row_number() OVER (), * FROM read_parquet(?, hive_partitioning=false)"
-                db.execute(f"INSERT INTO planned {rows}", [plan, str(path)])
-        return _query_changes(root, plans, db, complete)
+                rows = "SELECT ? AS plan, row_number() OVER () AS ord, * FROM read_parquet(?, hive_partitioning=false)"
+                db.execute(f"INSERT INTO planned BY NAME {rows}", [plan, str(path)])
+        yield _query_changes(root, plans, db, complete)
 
 
 def _write_listing(path: Path, items: Iterable[PlanItem]) -> None:
@@ -444,20 +491,25 @@ _LIVE = (
     "CREATE VIEW live AS SELECT p.* FROM planned p JOIN "
     "(SELECT shard, max(plan) AS plan FROM cuts GROUP BY shard) l USING (shard, plan)"
 )
+_DIFFERS = "(l.etag <> p.etag OR l.sample_id <> p.sample_id OR l.split <> p.split OR l.group_id <> p.group_id)"
 _TOUCHED = (
     "CREATE TABLE touched AS SELECT DISTINCT p.shard FROM live p LEFT JOIN listing l USING (uri) "
-    "WHERE l.etag <> p.etag OR l.sample_id <> p.sample_id OR (l.uri IS NULL AND ?)"
+    f"WHERE {_DIFFERS} OR (l.uri IS NULL AND ?)"
+)
+_COUNTS = (
+    f"SELECT count(*) FILTER (WHERE {_DIFFERS}), count(*) FILTER (WHERE l.uri IS NULL AND ?) "
+    "FROM live p LEFT JOIN listing l USING (uri)"
 )
 _TWICE = (
     "SELECT sample_id FROM (SELECT uri, sample_id FROM listing UNION ALL "
     "SELECT uri, sample_id FROM live ANTI JOIN listing USING (uri) WHERE NOT ?) "
     "WHERE sample_id <> '' GROUP BY sample_id HAVING count(*) > 1"
 )
-_NEW = (
-    "SELECT sample_id, uri, etag, bytes, rows, row_start, detail FROM listing ANTI JOIN live USING (uri) ORDER BY ord"
-)
+_COLUMNS = "sample_id, uri, etag, bytes, rows, row_start, detail, group_id, split"
+_NEW = f"SELECT {_COLUMNS} FROM listing ANTI JOIN live USING (uri) ORDER BY ord"
 _REDO = (
-    "SELECT p.shard, l.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, coalesce(l.detail, p.detail) "
+    "SELECT p.shard, l.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, coalesce(l.detail, p.detail), "
+    "l.group_id, l.split "
     "FROM live p JOIN touched USING (shard) LEFT JOIN listing l USING (uri) ORDER BY p.shard, p.ord"
 )
 
@@ -466,15 +518,19 @@ def _query_changes(root: str, plans: Sequence[PlanInfo], db: "duckdb.DuckDBPyCon
     db.execute(_LIVE)
     _check_unique([i for (i,) in db.execute(_TWICE, [complete]).fetchall()])
     db.execute(_TOUCHED, [complete])
-    new = [PlanItem(*row) for row in db.execute(_NEW).fetchall()]
+    changed, gone = db.execute(_COUNTS, [complete]).fetchall()[0]
     redo = db.execute(_REDO).fetchall()
-    if not redo:
-        return _Changes(new, [])
-    if any(row[-1] == SELECTED for row in redo):
+    if any(row[8] == SELECTED for row in redo):
         raise ConfigError(f"the input of {root} has changed under a selection of its rows", "choose a new output")
-    extent = dict(db.execute("SELECT uri, max(row_start) FROM live GROUP BY uri").fetchall())
-    keys = {s.number: s.key for info in plans for s in shards_of(root, "", info)}
-    return _Changes(new, list(_rewrites(redo, keys, extent)))
+    extent = dict(db.execute("SELECT uri, max(row_start) FROM live GROUP BY uri").fetchall()) if redo else {}
+    keys = {s.number: s.key for info in plans for s in shards_of(root, "", info)} if redo else {}
+    return _Changes(_new_items(db), list(_rewrites(redo, keys, extent)), int(changed), int(gone))
+
+
+def _new_items(db: "duckdb.DuckDBPyConnection") -> Iterator[PlanItem]:
+    found = db.execute(_NEW)
+    while rows := found.fetchmany(_GROUP_ROWS):
+        yield from (PlanItem(*row) for row in rows)
 
 
 def _local_copies(root: str, plans: Sequence[PlanInfo], scratch: Path) -> list[tuple[int, Path]]:
@@ -497,11 +553,11 @@ def _rewrites(
     """Shards to redo: vanished items dropped, changed ones with their new tag; row ranges follow the file's new end."""
     for shard, group in itertools.groupby(rows, key=lambda r: int(r[0])):
         items = []
-        for _, sample_id, uri, etag, size, rows_now, rows_then, start, detail in group:
+        for _, sample_id, uri, etag, size, rows_now, rows_then, start, detail, group_id, split in group:
             if etag is None:
                 continue
             if sample_id:
-                items.append(PlanItem(sample_id, uri, etag, size, 1, 0, detail))
+                items.append(PlanItem(sample_id, uri, etag, size, rows_now, 0, detail, group_id, split))
                 continue
             is_last = start == extent[uri]
             stop = rows_now if is_last else min(start + rows_then, rows_now)

@@ -86,9 +86,11 @@ class PlanItem:
         uri: the file that is read.
         etag: the store's etag, else size and mtime; another etag means the item has changed.
         bytes: size to read, the measure of work.
-        rows: output rows that come of it (1 for an image).
+        rows: output rows that come of it: 1 for an image, the slices of a volume.
         row_start: first row in the Parquet file; 0 for an image.
-        detail: what the dataset needs to read it (label URIs, split, group), as JSON.
+        detail: what the dataset needs to read it (label URIs, annotations), as JSON.
+        group_id: what must stay together: a volume, a video.
+        split: the official split, or the one that ``--split-by`` gave.
     """
 
     sample_id: str
@@ -98,6 +100,12 @@ class PlanItem:
     rows: int = 1
     row_start: int = 0
     detail: str = ""
+    group_id: str = ""
+    split: str = ""
+
+    def row_id(self, index: int) -> str:
+        """Sample id of an output row: the item's own, or that of a volume's slice ``index``."""
+        return self.sample_id if self.rows == 1 else f"{self.sample_id}/{index:04d}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +153,7 @@ class Outcome:
         rows: rows in the result file.
         bad: rows whose status is not ok.
         reasons: bad rows by status.
+        issues: complaints about annotations of rows that are good all the same, by code.
         bytes_out: size of the result file.
         seconds: wall time by stage (``decode``, ``model``, ``encode``, ``write``), and ``total``.
         committed_by_other: another driver had committed the same shard first.
@@ -160,6 +169,7 @@ class Outcome:
     seconds: Mapping[str, float] = field(default_factory=dict)
     committed_by_other: bool = False
     etag: str = ""
+    issues: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +206,10 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One panoptic segment; ``id`` is the value of its pixels in the panoptic index map."""
+    """One panoptic segment with its official id.
+
+    Pixels of the n-th segment of an image (from 0) have the value n + 1 in its panoptic index map; 0 is void.
+    """
 
     id: int
     category_id: int
@@ -206,33 +219,63 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeSlice:
+    """Where a slice lies in its volume, and what the volume's file needs to be written again.
+
+    Attributes:
+        index: 0-based, in the order of the file.
+        slices: how many the volume has.
+        spacing_mm: voxel size along the three axes of the file.
+        affine: 4 x 4 voxel-to-world matrix (mm, RAS+), row-major.
+        slope, intercept: physical value = slope * stored + intercept.
+        dtype: stored type, numpy's name.
+        header: the file's bytes before its voxels.
+    """
+
+    index: int
+    slices: int
+    spacing_mm: tuple[float, float, float]
+    affine: tuple[float, ...]
+    slope: float
+    intercept: float
+    dtype: str
+    header: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image (or CT slice) with every label there is, as read by a dataset.
 
     Attributes:
-        image: the original bytes, untouched.
-        image_format: ``jpeg``, ``png``, ``bmp``, ...
+        image: the original bytes, untouched; None where a dataset gives labels without their photos.
+        image_format: ``jpeg``, ``png``, ``bmp``, ...; None without image, as ``channels``.
         height, width: of the stored pixel grid (before EXIF rotation).
         exif_orientation: 1..8; 1 when there is none.
         semantic: label map of the dataset's own ids, uint16 of shape (height, width), or None.
-        instances, panoptic, segments: None when the dataset has no such task; empty when nothing was found.
-        attributes: whatever else the dataset knows, JSON values.
+        instances: None when the dataset has no such task; empty when nothing was found.
+        panoptic: index map, uint16 of shape (height, width): n + 1 for ``segments[n]``, 0 for void; or None.
+        segments: what the index map shows; None exactly where ``panoptic`` is.
+        label_maps: further label maps by name (ADE20K's parts), uint16 of shape (height, width).
+        volume: of a CT slice.
+        attributes: whatever else the dataset knows, JSON values. What is known of single instances stands under
+            ``instances`` by their id as text, of segments under ``segments``.
+        issues: complaints about annotations that do not make the sample bad.
     """
 
     sample_id: str
-    image: bytes
-    image_format: str
+    image: bytes | None
+    image_format: str | None
     image_uri: str
     height: int
     width: int
-    channels: int
+    channels: int | None
     exif_orientation: int = 1
-    group_id: str = ""
-    split: str = ""
     semantic: NDArray[np.uint16] | None = None
     instances: tuple[Instance, ...] | None = None
-    panoptic: NDArray[np.uint32] | None = None
+    panoptic: NDArray[np.uint16] | None = None
     segments: tuple[Segment, ...] | None = None
+    label_maps: Mapping[str, NDArray[np.uint16]] = field(default_factory=dict)
+    volume: VolumeSlice | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     issues: tuple[Issue, ...] = ()
 
@@ -249,7 +292,7 @@ class Prediction:
 
     semantic: NDArray[np.uint16] | None = None
     instances: tuple[Instance, ...] | None = None
-    panoptic: NDArray[np.uint32] | None = None
+    panoptic: NDArray[np.uint16] | None = None
     segments: tuple[Segment, ...] | None = None
     class_confidence: Mapping[int, float] | None = None
 

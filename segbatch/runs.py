@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from segbatch import planning, storage, tables
+from segbatch import planning, schemas, storage, tables
 from segbatch.config import PlanConfig, differences, digest_of
 from segbatch.errors import ConfigError, EngineError, IncompleteRunError, ObjectExists, ObjectMissing
 from segbatch.planning import PlanInfo, items_of
-from segbatch.records import Outcome, PlanItem, ShardRef
+from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.storage import ObjectInfo
 from segbatch.tables import service
 from segbatch.version import __version__
@@ -75,7 +75,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """Where a run stands. ``bad`` and ``reasons`` cover the shards that are written."""
+    """Where a run stands. ``bad``, ``reasons`` and ``issues`` cover the shards that are written."""
 
     root: str
     table: str
@@ -86,6 +86,7 @@ class RunState:
     rows_done: int
     bad: int
     reasons: Mapping[str, int] = field(default_factory=dict)
+    issues: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -154,7 +155,11 @@ class Run:
         return planning.published(self.root)
 
     def plan(
-        self, listing: Callable[[], Iterable[PlanItem]], options: PlanConfig, complete: bool = True
+        self,
+        listing: Callable[[], Iterable[PlanItem]],
+        options: PlanConfig,
+        complete: bool = True,
+        grouped: bool = False,
     ) -> PlanInfo | None:
         """Plan what is new, changed or gone since the plans so far; None when there is nothing to plan.
 
@@ -162,8 +167,9 @@ class Run:
             listing: gives the input as it is now, streamed; called again when another driver published first.
             options: how to cut shards.
             complete: ``listing`` gives the whole input, so that planned items which it lacks have vanished.
+            grouped: neighbours of one ``group_id`` never lie in different shards.
         """
-        return planning.publish(self.root, self.table, listing, options, complete)
+        return planning.publish(self.root, self.table, listing, options, complete, grouped)
 
     def shards(self) -> Iterator[ShardRef]:
         """Every shard of the run in its latest plan, newest plan first."""
@@ -229,6 +235,16 @@ class Run:
             for line in data.decode().splitlines():
                 yield Outcome(**json.loads(line))
 
+    def complaints(self, shard: int, with_issues: bool) -> Iterator[str]:
+        """What is wrong in a written shard, row by row: bad rows, and issues of good rows where asked for."""
+        key = next((s.key for s in self.shards() if s.number == shard), "")
+        columns = [c for c in ("sample_id", "status", "error", "issues") if c in schemas.TABLES[self.table].names]
+        for batch in tables.batches(storage.join(self.root, self.table, key), self.table, columns):
+            for row in batch.to_pylist():
+                messages = [i["message"] for i in row.get("issues") or ()] or [row.get("error") or row["status"]]
+                if row["status"] != OK or (with_issues and row.get("issues")):
+                    yield from (f"{row['sample_id']}: {m}" for m in messages)
+
     # -- finish ------------------------------------------------------------------------------------------------
 
     def state(self) -> RunState:
@@ -239,8 +255,10 @@ class Run:
         written = [s for s in shards if self._is_done(s, present)]
         done = self._outcomes(written, present).values()
         reasons: Counter[str] = Counter()
+        issues: Counter[str] = Counter()
         for outcome in done:
             reasons.update(outcome.reasons)
+            issues.update(outcome.issues)
         return RunState(
             self.root,
             self.table,
@@ -251,6 +269,7 @@ class Run:
             rows_done=sum(o.rows for o in done),
             bad=sum(o.bad for o in done),
             reasons=dict(reasons),
+            issues=dict(issues),
         )
 
     def finish(self) -> RunState:
@@ -351,6 +370,7 @@ def commit(
         "segbatch.rows": str(writer.rows),
         "segbatch.bad": str(writer.bad),
         "segbatch.reasons": json.dumps(dict(writer.reasons)),
+        "segbatch.issues": json.dumps(dict(writer.issues)),
         "segbatch.seconds": json.dumps({k: round(v, 4) for k, v in seconds.items()}),
         **(extra or {}),
     }
@@ -403,6 +423,7 @@ def _outcome(shard: ShardRef, footer: Mapping[str, str], found: ObjectInfo) -> O
         rows=int(footer.get("segbatch.rows", 0)),
         bad=int(footer.get("segbatch.bad", 0)),
         reasons=json.loads(footer.get("segbatch.reasons", "{}")),
+        issues=json.loads(footer.get("segbatch.issues", "{}")),
         bytes_out=found.size,
         seconds=json.loads(footer.get("segbatch.seconds", "{}")),
         etag=found.etag,

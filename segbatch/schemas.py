@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from segbatch.errors import SchemaError
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 VERSION_KEY = b"segbatch.schema_version"
 TABLE_KEY = b"segbatch.table"
 
@@ -25,6 +25,10 @@ RUNS = _list_of(_required("value", pa.uint16()), _required("length", pa.uint32()
 """A label map as row-major runs of label ids; the lengths add up to height * width."""
 
 PANOPTIC_RUNS = _list_of(_required("value", pa.uint32()), _required("length", pa.uint32()))
+"""A panoptic map as runs: value n + 1 for the n-th entry of ``segments``, 0 for void."""
+
+LABEL_MAPS = _list_of(_required("name", pa.string()), _required("runs", RUNS))
+"""Further label maps of an image by name. New in 1.1."""
 
 CLASS_PIXELS = _list_of(_required("value", pa.uint16()), _required("pixels", pa.uint64()))
 
@@ -89,6 +93,7 @@ SAMPLES = pa.schema(
         pa.field("attributes", pa.string()),
         _required("status", pa.string()),
         pa.field("issues", ISSUES),
+        pa.field("label_maps", LABEL_MAPS),
     ]
 )
 

@@ -1,7 +1,10 @@
 """The only code that touches fsspec: list, read, put-if-absent, atomic replacement, local and remote alike.
 
-A URI is an absolute local path or ``scheme://...``. Credentials and endpoints come from the environment
-(``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_ENDPOINT_URL``, ...), never from configuration.
+A URI is an absolute local path, ``scheme://...``, or a member's: ``ARCHIVE!/path``, a file or folder in a zip or tar
+that is itself local or remote (see ``archives``). Members can be listed and read, not written.
+
+Credentials and endpoints come from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+``AWS_ENDPOINT_URL``, ...), never from configuration.
 """
 
 import contextlib
@@ -9,17 +12,20 @@ import errno
 import fcntl
 import functools
 import io
+import math
 import os
 import platform
 import random
 import stat as stat_module
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from segbatch import archives
 from segbatch.errors import (
     ConfigError,
     ObjectExists,
@@ -40,6 +46,8 @@ ATTEMPTS = 5
 _BACK_OFF_S = 0.4
 _CONNECT_TIMEOUT_S = 10
 _READ_TIMEOUT_S = 60
+_BLOCK = 4 << 20
+_LOOK_AGAIN_S = 5.0
 _TEMPORARY = ".tmp"
 
 
@@ -53,7 +61,13 @@ class ObjectInfo:
 
 
 def resolve(uri: str) -> str:
-    """Absolute form of a URI: local paths become absolute, ``file://`` is dropped, no trailing slash."""
+    """Absolute form of a URI: local paths become absolute, ``file://`` is dropped, no trailing slash.
+
+    The root of an archive is ``ARCHIVE!/``, with the slash.
+    """
+    member = archives.split(uri)
+    if member:
+        return archives.address(resolve(member[0]), member[1])
     if uri.startswith("file://"):
         uri = uri.removeprefix("file://")
     if is_local(uri):
@@ -62,8 +76,23 @@ def resolve(uri: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether the URI is a path on this machine."""
-    return "://" not in uri
+    """Whether the URI is a path on this machine; what is inside an archive is not."""
+    return "://" not in uri and not archives.split(uri)
+
+
+def is_archive(uri: str) -> bool:
+    """Whether the URI names an archive: by its ending, and a local folder is none. Nothing remote is asked.
+
+    Archives of kinds that cannot be read (``.tar.xz``, ``.7z``, ...) count too: opening them says what to do.
+    """
+    if archives.split(uri) or not archives.is_named_like_one(uri):
+        return False
+    return not (is_local(uri) and os.path.isdir(uri))
+
+
+def archive_root(uri: str) -> str:
+    """URI of the folder that an archive's content is: ``ARCHIVE!/``."""
+    return archives.address(uri)
 
 
 def join(root: str, *parts: str) -> str:
@@ -72,8 +101,8 @@ def join(root: str, *parts: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    """Last component of a URI."""
-    return uri.rstrip("/").rsplit("/", 1)[-1]
+    """Last component of a URI; the root of an archive is named like the archive."""
+    return uri.rstrip("/").removesuffix("!").rsplit("/", 1)[-1]
 
 
 def relative(uri: str, root: str) -> str:
@@ -107,23 +136,28 @@ def _remote(scheme: str) -> "fsspec.AbstractFileSystem":
 def _split(uri: str) -> tuple["fsspec.AbstractFileSystem", str]:
     scheme, _, path = uri.partition("://")
     filesystem = _remote(scheme)
-    return filesystem, path if scheme not in ("http", "https") else uri
+    return filesystem, uri if _is_http(uri) else path
 
 
 def _translate(error: Exception, uri: str, doing: str) -> SegbatchError:
     """The library's exception as one of ours, with what to do about it."""
-    code = getattr(error, "errno", None)
-    if isinstance(error, FileNotFoundError):
+    if _is_http(uri) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # fsspec calls every failure "not found"
+    code, status = getattr(error, "errno", None), _http_status(error)
+    if isinstance(error, FileNotFoundError) or (_is_http(uri) and status == 404):
         what = "the bucket" if "bucket does not exist" in str(error) else "it"
         return ObjectMissing(f"cannot {doing} {uri}: {what} does not exist", "check the path or URL")
-    if isinstance(error, FileExistsError) or _http_status(error) == 412:
+    name = type(error).__name__
+    if name == "FileExpired" or (status == 412 and doing == "read"):
+        return _changed(uri)
+    if isinstance(error, FileExistsError) or status == 412:
         return ObjectExists(f"{uri} exists already")
     if code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return StorageError(
             f"cannot {doing} {uri}: {os.strerror(code)}",
             "free space or raise the limit, then run the same command again",
         )
-    if isinstance(error, PermissionError) or code in (errno.EROFS, errno.EACCES):
+    if isinstance(error, PermissionError) or code in (errno.EROFS, errno.EACCES) or status in (401, 403):
         return StorageError(
             f"cannot {doing} {uri}: permission denied", "choose a place you may use, or mend its permissions or keys"
         )
@@ -131,9 +165,10 @@ def _translate(error: Exception, uri: str, doing: str) -> SegbatchError:
         return StorageError(
             f"cannot {doing} {uri}: {os.strerror(code or errno.ENOTDIR)}", "a file is in the way; choose another path"
         )
-    name = type(error).__name__
     if name == "NoCredentialsError":
         return StorageError(f"cannot {doing} {uri}: no credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, ValueError) and "range requests" in str(error):
+        return StorageError(f"cannot {doing} {uri}: the server does not serve parts of a file", "download it first")
     if _is_transient(error):
         return TransientStorageError(
             f"cannot {doing} {uri}: {name}: {error}", "the store may be down; run the same command again later"
@@ -141,8 +176,18 @@ def _translate(error: Exception, uri: str, doing: str) -> SegbatchError:
     return StorageError(f"cannot {doing} {uri}: {name}: {error}", "see the message of the store")
 
 
+def _changed(uri: str) -> StorageError:
+    return StorageError(f"{uri} has changed since it was listed or opened", "run the same command again")
+
+
+def _is_http(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
 def _http_status(error: BaseException) -> int:
-    """Status of the S3 reply behind an exception of botocore or s3fs; 0 where there is none."""
+    """Status of the reply behind an exception of botocore, s3fs or aiohttp; 0 where there is none."""
+    if isinstance(getattr(error, "status", None), int):
+        return int(error.status)  # type: ignore[attr-defined]
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(response, dict) else 0
 
@@ -190,18 +235,80 @@ def read_bytes(uri: str) -> bytes:
         ObjectMissing: it is not there.
         StorageError: it cannot be read.
     """
+    if member := archives.split(uri):
+        return _archive(member[0]).read(member[1])
     if is_local(uri):
         return _attempt(lambda: Path(uri).read_bytes(), uri, "read")
     filesystem, path = _split(uri)
     return _attempt(lambda: bytes(filesystem.cat_file(path)), uri, "read")
 
 
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """The bytes ``start <= i < stop`` of an object; fewer, or none, where it ends before.
+
+    Of a compressed member all that stands before them is inflated too.
+
+    Raises:
+        ObjectMissing: it is not there.
+        StorageError: it cannot be read, or the server does not serve parts.
+    """
+    if start < 0 or stop < start:
+        raise ValueError(f"bytes {start} to {stop} are no range")
+    if archives.split(uri):
+        with open_input(uri) as file:
+            file.seek(start)
+            return file.read(stop - start)
+    if is_local(uri):
+        return _attempt(lambda: _read_range_local(uri, start, stop), uri, "read")
+    return _attempt(lambda: _read_range_remote(uri, start, stop), uri, "read")
+
+
+def _read_range_local(uri: str, start: int, stop: int) -> bytes:
+    with open(uri, "rb", buffering=0) as file:
+        return _pread(file.fileno(), start, min(stop, os.fstat(file.fileno()).st_size))
+
+
+def _pread(descriptor: int, start: int, stop: int) -> bytes:
+    """Bytes of an open file; the system gives at most 2 GiB at a time."""
+    pieces = []
+    while start < stop and (data := os.pread(descriptor, stop - start, start)):
+        pieces.append(data)
+        start += len(data)
+    return b"".join(pieces) if len(pieces) != 1 else pieces[0]
+
+
+def _read_range_remote(uri: str, start: int, stop: int) -> bytes:
+    filesystem, path = _split(uri)
+    options = {"headers": {"Accept-Encoding": "identity"}} if _is_http(uri) else {}
+    try:
+        data = bytes(filesystem.cat_file(path, start=start, end=stop, **options)) if start < stop else b""
+    except Exception as error:
+        if _http_status(error) == 416:  # the object ends before
+            return b""
+        raise
+    if len(data) > stop - start:
+        raise ValueError("the reply to one of the range requests was the whole file")
+    return data
+
+
 def open_input(uri: str) -> IO[bytes]:
-    """A seekable binary reader, for Parquet footers and row groups. The caller closes it."""
+    """A seekable binary reader, for Parquet footers and row groups. The caller closes it.
+
+    Of a compressed member, reading backwards may begin again at its start.
+    """
+    if member := archives.split(uri):
+        return _archive(member[0]).open(member[1])
     if is_local(uri):
         return _attempt(lambda: open(uri, "rb"), uri, "read")
     filesystem, path = _split(uri)
-    return _persistent(_attempt(lambda: filesystem.open(path, "rb", block_size=4 << 20), uri, "read"), uri)
+    return _persistent(_attempt(lambda: filesystem.open(path, "rb", block_size=_BLOCK), uri, "read"), uri)
+
+
+def open_stream(uri: str) -> IO[bytes]:
+    """A binary reader to be read from the beginning to the end in pieces, in bounded memory. The caller closes it."""
+    if member := archives.split(uri):
+        return _archive(member[0]).stream(member[1])
+    return open_input(uri)
 
 
 def _persistent(file: IO[bytes], uri: str) -> IO[bytes]:
@@ -216,17 +323,20 @@ def _persistent(file: IO[bytes], uri: str) -> IO[bytes]:
 def stat(uri: str) -> ObjectInfo | None:
     """The object's tag and size, or None when it is not there."""
     try:
+        if member := archives.split(uri):
+            found = _seen(member[0]).find(member[1])
+            return _member_info(member[0], found) if found else None
         if is_local(uri):
             return _attempt(lambda: _local_info(uri, os.stat(uri)), uri, "look at")
-        filesystem, path = _split(uri)
-        entry = _attempt(lambda: filesystem.info(path, refresh=True), uri, "look at")
-        return _remote_info(uri.partition("://")[0], entry)
+        return _remote_info(uri.partition("://")[0], _remote_entry(uri))
     except ObjectMissing:
         return None
 
 
 def exists(uri: str) -> bool:
     """Whether the object or folder is there."""
+    if archives.split(uri):
+        return stat(uri) is not None or is_folder(uri)
     if is_local(uri):
         return os.path.exists(uri)
     filesystem, path = _split(uri)
@@ -235,10 +345,28 @@ def exists(uri: str) -> bool:
 
 def is_folder(uri: str) -> bool:
     """Whether the URI is a folder, or a prefix with something under it."""
+    if member := archives.split(uri):
+        try:
+            return _seen(member[0]).is_folder(member[1])
+        except ObjectMissing:
+            return False
     if is_local(uri):
         return os.path.isdir(uri)
+    if _is_http(uri) and is_archive(uri):  # else all of it would be fetched, to look for links in it
+        return False
     filesystem, path = _split(uri)
     return bool(_attempt(lambda: filesystem.isdir(path), uri, "look at"))
+
+
+def _remote_entry(uri: str) -> dict[str, Any]:
+    filesystem, path = _split(uri)
+    entry: dict[str, Any] = _attempt(lambda: filesystem.info(path, **_uncached(uri)), uri, "look at")
+    return entry
+
+
+def _uncached(uri: str) -> dict[str, bool]:
+    """Arguments for looking past s3fs's own cache; other filesystems do not know them."""
+    return {"refresh": True} if uri.startswith("s3://") else {}
 
 
 def _local_info(uri: str, found: os.stat_result) -> ObjectInfo:
@@ -247,13 +375,24 @@ def _local_info(uri: str, found: os.stat_result) -> ObjectInfo:
 
 def _remote_info(scheme: str, entry: dict[str, Any]) -> ObjectInfo:
     size = int(entry.get("size") or 0)
-    tag = entry.get("ETag") or entry.get("etag") or f"{size}-{entry.get('LastModified', entry.get('mtime', ''))}"
+    times = (entry[k] for k in ("LastModified", "Last-Modified", "mtime") if k in entry)
+    tag = entry.get("ETag") or entry.get("etag") or f"{size}-{next(times, '')}"
+    return ObjectInfo(_remote_uri(scheme, entry), str(tag).strip('"'), size)
+
+
+def _remote_uri(scheme: str, entry: dict[str, Any]) -> str:
     name = str(entry["name"])
-    return ObjectInfo(name if "://" in name else f"{scheme}://{name}", str(tag).strip('"'), size)
+    return name if "://" in name else f"{scheme}://{name}"
+
+
+def _member_info(archive: str, member: archives.Member) -> ObjectInfo:
+    return ObjectInfo(archives.address(archive, member.name), member.etag, member.size)
 
 
 def list_files(root: str, suffixes: tuple[str, ...] = (), recursive: bool = True) -> Iterator[ObjectInfo]:
     """Files below ``root`` in path order (by folder), as a stream; hidden files and folders are left out.
+
+    In an archive ``__MACOSX`` is left out too, and so are links.
 
     Args:
         root: folder or prefix; a root that does not exist lists as empty.
@@ -261,26 +400,51 @@ def list_files(root: str, suffixes: tuple[str, ...] = (), recursive: bool = True
         recursive: also look into sub-folders.
     """
     keep = (lambda n: n.lower().endswith(suffixes)) if suffixes else (lambda n: True)
-    walk = _walk_local(root, recursive) if is_local(root) else _walk_remote(root, recursive)
+    if archives.split(root):
+        walk = _walk_archive(root, recursive)
+    else:
+        walk = _walk_local(root, recursive) if is_local(root) else _walk_remote(root, recursive)
     return (i for i in walk if keep(i.uri))
+
+
+def list_folders(root: str) -> list[str]:
+    """Names of the folders directly in ``root``, sorted; what ``list_files`` leaves out is left out.
+
+    Args:
+        root: folder or prefix; one that does not exist has none.
+    """
+    if member := archives.split(root):
+        try:
+            return _archive(member[0], 0.0).folders(member[1])
+        except ObjectMissing:
+            return []
+    if is_local(root):
+        return [entry.name for entry in _local_entries(root) if entry.is_dir()]
+    return [name_of(str(e["name"])) for e in _remote_entries(root) if e["type"] == "directory"]
+
+
+def _walk_archive(root: str, recursive: bool) -> Iterator[ObjectInfo]:
+    member = archives.split(root)
+    assert member
+    try:
+        archive = _archive(member[0], 0.0)
+    except ObjectMissing:
+        return
+    for found in archive.files(member[1], recursive):
+        yield _member_info(member[0], found)
 
 
 def _walk_local(root: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()) -> Iterator[ObjectInfo]:
     try:
         here = os.stat(root)
-        if (here.st_dev, here.st_ino) in above:  # a link back to a folder that we are in
-            return
-        above = (*above, (here.st_dev, here.st_ino))
-        entries = sorted(os.scandir(root), key=lambda e: e.name)
     except FileNotFoundError:
         return
     except OSError as error:
         raise _translate(error, root, "list") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if not entry.name.isprintable() and _is_undecodable(entry.name):
-            raise StorageError(f"{root} holds a file name that is not UTF-8: {entry.name!r}", "rename that file")
+    if (here.st_dev, here.st_ino) in above:  # a link back to a folder that we are in
+        return
+    above = (*above, (here.st_dev, here.st_ino))
+    for entry in _local_entries(root):
         try:
             found = entry.stat()
         except FileNotFoundError:  # removed since, or a dangling link: not an input
@@ -294,6 +458,22 @@ def _walk_local(root: str, recursive: bool, above: tuple[tuple[int, int], ...] =
             yield _local_info(entry.path, found)
 
 
+def _local_entries(root: str) -> Iterator["os.DirEntry[str]"]:
+    """What is in a folder and not hidden, by name."""
+    try:
+        entries = sorted(os.scandir(root), key=lambda e: e.name)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _translate(error, root, "list") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if not entry.name.isprintable() and _is_undecodable(entry.name):
+            raise StorageError(f"{root} holds a file name that is not UTF-8: {entry.name!r}", "rename that file")
+        yield entry
+
+
 def _is_undecodable(name: str) -> bool:
     try:
         name.encode()
@@ -303,21 +483,133 @@ def _is_undecodable(name: str) -> bool:
 
 
 def _walk_remote(root: str, recursive: bool) -> Iterator[ObjectInfo]:
-    filesystem, path = _split(root)
     scheme = root.partition("://")[0]
+    for entry in _remote_entries(root):
+        if entry["type"] != "directory":
+            yield _remote_info(scheme, entry)
+        elif recursive:
+            yield from _walk_remote(_remote_uri(scheme, entry), recursive)
+
+
+def _remote_entries(root: str) -> Iterator[dict[str, Any]]:
+    """What is directly under a prefix and not hidden, by name."""
+    filesystem, path = _split(root)
     try:
-        entries = _attempt(lambda: filesystem.ls(path, detail=True, refresh=True), root, "list")
+        entries = _attempt(lambda: filesystem.ls(path, detail=True, **_uncached(root)), root, "list")
     except ObjectMissing:
         return
     for entry in sorted(entries, key=lambda e: str(e["name"])):
-        name = name_of(str(entry["name"]))
-        if name.startswith(".") or str(entry["name"]).rstrip("/") == path.rstrip("/"):
-            continue
-        if entry["type"] == "directory":
-            if recursive:
-                yield from _walk_remote(f"{scheme}://{entry['name']}", recursive)
-            continue
-        yield _remote_info(scheme, entry)
+        if not name_of(str(entry["name"])).startswith(".") and str(entry["name"]).rstrip("/") != path.rstrip("/"):
+            yield entry
+
+
+# -- archives --------------------------------------------------------------------------------------------------------
+
+
+class _LocalSource:
+    """An archive on this machine. A read from it fails once the file at its path is another one, or was written to."""
+
+    block = 256 << 10
+
+    def __init__(self, uri: str) -> None:
+        descriptor = os.open(uri, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        self._descriptor, self._found = descriptor, os.fstat(descriptor)
+        if not stat_module.S_ISREG(self._found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), uri)
+        self.uri, self.size, self.etag = uri, self._found.st_size, _local_info(uri, self._found).etag
+
+    def read(self, start: int, stop: int) -> bytes:
+        """See ``archives.Readable``."""
+        return _attempt(lambda: self._read(start, min(stop, self.size)), self.uri, "read")
+
+    def _read(self, start: int, stop: int) -> bytes:
+        data = _pread(self._descriptor, start, stop)
+        now = os.stat(self.uri)
+        if _version(now) != _version(self._found):
+            raise _changed(self.uri)
+        return data
+
+
+def _version(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class _RemoteSource:
+    """An archive in a store. Requests are conditional on its version; a store that cannot do that is asked before."""
+
+    block = _BLOCK
+
+    def __init__(self, uri: str) -> None:
+        entry = _remote_entry(uri)
+        if entry.get("size") is None or entry.get("partial") is False:
+            raise StorageError(f"cannot read {uri}: the server does not serve parts of a file", "download it first")
+        info = _remote_info(uri.partition("://")[0], entry)
+        self.uri, self.etag, self.size = uri, info.etag, info.size
+        headers = _conditions(entry) if _is_http(uri) else {}
+        self._is_conditional = bool(headers) or uri.startswith("s3://")
+        self._fetch = self._fetcher({"headers": {**headers, "Accept-Encoding": "identity"}} if _is_http(uri) else {})
+
+    def _fetcher(self, options: dict[str, Any]) -> Callable[[int, int], bytes]:
+        filesystem, path = _split(self.uri)
+        file = _attempt(lambda: filesystem.open(path, "rb", cache_type="none", **options), self.uri, "read")
+        if str(file.details.get("ETag") or self.etag).strip('"') != self.etag:  # s3fs asks for what it has opened
+            raise _changed(self.uri)
+        fetch: Callable[[int, int], bytes] = file.cache.fetcher
+        return fetch
+
+    def read(self, start: int, stop: int) -> bytes:
+        """See ``archives.Readable``."""
+        stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        if not self._is_conditional and _tag(self.uri) != self.etag:
+            raise _changed(self.uri)
+        data = _attempt(lambda: self._fetch(start, stop), self.uri, "read")
+        if len(data) != stop - start:
+            raise TransientStorageError(
+                f"cannot read {self.uri}: {len(data)} bytes came instead of {stop - start}",
+                "run the same command again",
+            )
+        return data
+
+
+def _conditions(entry: dict[str, Any]) -> dict[str, str]:
+    """Headers that make a server refuse to serve another version (RFC 9110, 13.1)."""
+    tag = str(entry.get("ETag", ""))
+    if tag and not tag.startswith("W/"):
+        return {"If-Match": tag}
+    return {"If-Unmodified-Since": str(entry["Last-Modified"])} if "Last-Modified" in entry else {}
+
+
+def _source(uri: str) -> archives.Source:
+    """The archive file as it is now."""
+    return _attempt(lambda: _LocalSource(uri), uri, "read") if is_local(uri) else _RemoteSource(uri)
+
+
+def _tag(uri: str) -> str:
+    found = stat(uri)
+    if found is None:
+        raise ObjectMissing(f"cannot read {uri}: it does not exist", "check the path or URL")
+    return found.etag
+
+
+_archives = archives.Cache(_source, _tag)
+
+
+def _archive(uri: str, age_s: float = math.inf) -> archives.Archive:
+    """The open archive, as it was at most ``age_s`` ago. Reading takes what was listed, and fails if it has changed."""
+    return _archives.get(uri, age_s)
+
+
+def _seen(uri: str) -> archives.Archive:
+    """The open archive, for a question about a single member: a store is not asked each time if it has changed."""
+    return _archive(uri, 0.0 if is_local(uri) else _LOOK_AGAIN_S)
+
+
+def _check_is_no_member(uri: str) -> None:
+    if archives.split(uri):
+        raise StorageError(f"cannot write {uri}: archives are only read", "choose a folder or a bucket")
 
 
 def create(uri: str, data: bytes) -> None:
@@ -327,6 +619,7 @@ def create(uri: str, data: bytes) -> None:
         ObjectExists: the key is taken (perhaps by this very writer, when a reply was lost).
         StorageError: it cannot be written; nothing is left behind.
     """
+    _check_is_no_member(uri)
     if is_local(uri):
         _attempt(lambda: _create_local(uri, data), uri, "write")
         return
@@ -345,6 +638,7 @@ def replace(uri: str, data: bytes, etag: str | None = None) -> None:
     Raises:
         ObjectExists: the object has another tag by now.
     """
+    _check_is_no_member(uri)
     if is_local(uri):
         _attempt(lambda: _replace_local(uri, data, etag), uri, "write")
         return
@@ -451,6 +745,7 @@ def _sync_folder(uri: str) -> None:
 
 def delete(uri: str) -> None:
     """Remove an object; it is no error when it is not there."""
+    _check_is_no_member(uri)
     with contextlib.suppress(ObjectMissing):
         if is_local(uri):
             _attempt(lambda: os.unlink(uri), uri, "delete")
@@ -517,8 +812,11 @@ def check_writable(root: str) -> None:
 
 
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
-    """(pyarrow filesystem, path) for pyarrow.dataset."""
+    """(pyarrow filesystem, path) for pyarrow.dataset; not for members."""
     import pyarrow.fs
+
+    if archives.split(uri):
+        raise StorageError(f"cannot query {uri}: tables in an archive are not read", "unpack the archive")
 
     if is_local(uri):
         return pyarrow.fs.LocalFileSystem(), uri

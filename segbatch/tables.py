@@ -92,6 +92,8 @@ def batches(
 ) -> Iterator[pa.RecordBatch]:
     """Rows ``[start, stop)`` of one part, by row group and then at most ``batch_rows`` at a time.
 
+    Columns that the file does not have yet (an older minor version of the schema) come as nulls.
+
     Raises:
         SchemaError: see ``open_part``.
     """
@@ -104,7 +106,8 @@ def batches(
             first += rows
             if low >= high:
                 continue
-            yield from _slices(file, group, columns, (low, high), batch_rows)
+            for batch in _slices(file, group, columns, (low, high), batch_rows):
+                yield _with_new_columns(batch, table, columns)
 
 
 def _slices(
@@ -121,6 +124,14 @@ def _slices(
             yield batch.slice(left, right - left)
         if position >= high:
             return
+
+
+def _with_new_columns(batch: pa.RecordBatch, table: str, columns: Sequence[str] | None) -> pa.RecordBatch:
+    schema = schemas.TABLES[table]
+    wanted = schema.names if columns is None else [c for c in columns if c in schema.names]
+    for name in (w for w in wanted if w not in batch.schema.names):
+        batch = batch.append_column(schema.field(name), pa.nulls(batch.num_rows, schema.field(name).type))
+    return batch
 
 
 def scan(root_or_folder: str, table: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -183,6 +194,7 @@ class PartWriter:
         self.rows = 0
         self.bad = 0
         self.reasons: Counter[str] = Counter()
+        self.issues: Counter[str] = Counter()
         self._buffer = storage.buffer()
         self._schema = schemas.stamped(table)
         self._has_status = "status" in self._schema.names
@@ -198,18 +210,23 @@ class PartWriter:
             raise SchemaError(f"{self.table}: columns {batch.schema.names} instead of {self._schema.names}")
         self.rows += batch.num_rows
         if self._has_status:
-            self._count(batch.column("status"))
+            self._count(batch)
         self._pending.append(batch)
         self._pending_rows += batch.num_rows
         self._pending_bytes += batch.nbytes
         if self._pending_rows >= schemas.ROW_GROUP_ROWS or self._pending_bytes >= schemas.ROW_GROUP_BYTES:
             self._flush()
 
-    def _count(self, status: pa.Array) -> None:
+    def _count(self, batch: pa.RecordBatch) -> None:
+        status = batch.column("status")
         for entry in pc.value_counts(status).to_pylist():
             if entry["values"] != OK:
                 self.bad += entry["counts"]
                 self.reasons[entry["values"]] += entry["counts"]
+        if "issues" in batch.schema.names:
+            good = batch.column("issues").filter(pc.equal(status, OK))
+            codes = pc.struct_field(pc.list_flatten(good), "code")
+            self.issues.update({e["values"]: e["counts"] for e in pc.value_counts(codes).to_pylist()})
 
     def _flush(self) -> None:
         if self._pending:

@@ -1,5 +1,6 @@
 """Small dataset trees for tests, drawn from a seed: every official layout without its data."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,4 +82,8 @@ def images(root: Path, count: int = 3) -> Path:
 
 
 TREES: dict[str, Callable[[Path], Path]] = {"camvid": camvid, "image-masks": image_masks, "images": images}
+"""A small tree of every dataset, by its name; those of ``trees_*.py`` beside this file join."""
+
+for _file in sorted(Path(__file__).parent.glob("trees_*.py")):
+    TREES.update(importlib.import_module(_file.stem).TREES)
 """A tree for every registered dataset; the contract tests ask for all of them."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from segbatch import storage
 from segbatch.datasets import reading
+from segbatch.datasets.base import Dataset
+from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, DataError
 from segbatch.records import ClassInfo, ClassTable, PlanItem, Sample, Task
 
@@ -42,91 +43,85 @@ CLASSES = ClassTable(
 _KNOWN = reading.known_ids(CLASSES)
 
 
-class CamVid:
+class CamVid(Dataset):
     """``train/ trainannot/ val/ valannot/ test/ testannot/`` with ``train.txt``, ``val.txt``, ``test.txt``."""
 
     name: ClassVar[str] = "camvid"
     tasks: ClassVar[tuple[Task, ...]] = ("semantic",)
+    official_splits: ClassVar[tuple[str, ...]] = _SPLITS
 
-    def recognises(self, source: str) -> bool:
+    def recognises(self, tree: Tree) -> bool:
         """Whether a split has its list, photos and label maps here."""
-        return bool(self.splits(source))
+        return bool(self.splits(tree))
 
-    def classes(self, source: str) -> ClassTable:
+    def classes(self, tree: Tree) -> ClassTable:
         """The 11 classes in the tutorial's order, and void."""
         return CLASSES
 
-    def splits(self, source: str) -> tuple[str, ...]:
+    def splits(self, tree: Tree) -> tuple[str, ...]:
         """Those of train, val and test that have a list and both folders."""
-        return tuple(s for s in _SPLITS if _has_split(source, s))
+        return tuple(s for s in _SPLITS if _has_split(tree, s))
 
-    def items(self, source: str, splits: Sequence[str]) -> Iterator[PlanItem]:
+    def items(self, tree: Tree, splits: Sequence[str]) -> Iterator[PlanItem]:
         """The frames in the order of the official lists; frames that are not listed are no part of the dataset.
 
         Raises:
             ConfigError: no CamVid root, no such split, a list that is not two columns or names a frame twice.
         """
-        there = self.splits(source)
+        there = self.splits(tree)
         if not there:
             expected = "folders train/, trainannot/ and a list train.txt (likewise val, test)"
-            raise ConfigError(f"{source} is not CamVid in the SegNet tutorial's layout", f"expected {expected}")
+            raise ConfigError(f"{tree.source} is not CamVid in the SegNet tutorial's layout", f"expected {expected}")
         seen: set[str] = set()
-        for split in reading.choose_splits(self.name, source, there, splits):
-            yield from _split_items(source, split, seen)
+        for split in reading.choose_splits(self.name, tree.source, there, splits):
+            yield from _split_items(tree, split, seen)
 
-    def read(self, item: PlanItem) -> Sample:
+    def read(self, item: PlanItem) -> Iterator[Sample]:
         """One frame and its label map.
 
         Raises:
             DataError: a missing or broken file, a label map that is not 8 bit, of another size, or with an id > 11.
         """
-        detail = reading.detail_of(item)
         data, info = reading.read_photo(item.uri)
-        return replace(
-            reading.sample_of(item, data, info),
-            group_id=str(detail["group"]),
-            split=str(detail["split"]),
-            semantic=_label_map(str(detail["label"]), item.uri, info),
-        )
+        label = _label_map(str(reading.detail_of(item)["label"]), item.uri, info)
+        yield replace(reading.sample_of(item, data, info), semantic=label)
 
 
-def _has_split(source: str, split: str) -> bool:
-    folders = (storage.join(source, split), storage.join(source, f"{split}annot"))
-    return storage.exists(storage.join(source, f"{split}.txt")) and all(storage.is_folder(f) for f in folders)
+def _has_split(tree: Tree, split: str) -> bool:
+    return tree.exists(f"{split}.txt") and tree.is_folder(split) and tree.is_folder(f"{split}annot")
 
 
-def _split_items(source: str, split: str, seen: set[str]) -> Iterator[PlanItem]:
-    photos, labels = (
-        {storage.name_of(i.uri): i for i in storage.list_files(storage.join(source, folder), recursive=False)}
-        for folder in (split, f"{split}annot")
-    )
-    for photo_name, label_name in _pairs(storage.join(source, f"{split}.txt"), split):
+def _split_items(tree: Tree, split: str, seen: set[str]) -> Iterator[PlanItem]:
+    photos, labels = (dict(tree.files(folder, recursive=False)) for folder in (split, f"{split}annot"))
+    for photo_name, label_name in _pairs(tree, split):
         frame = photo_name.rsplit(".", 1)[0]
         if frame in seen:
-            raise ConfigError(f"{source}/{split}.txt names the frame {frame} a second time", "remove one of the lines")
+            problem = f"{tree.uri(f'{split}.txt')} names the frame {frame} a second time"
+            raise ConfigError(problem, "remove one of the lines")
         seen.add(frame)
         photo, label = photos.get(photo_name), labels.get(label_name)
-        label_uri = storage.join(source, f"{split}annot", label_name)
-        detail = {"split": split, "group": frame.rsplit("_", 1)[0], "label": label_uri}
+        label_uri = label.uri if label else tree.uri(f"{split}annot/{label_name}")
         yield PlanItem(
             sample_id=frame,
-            uri=storage.join(source, split, photo_name),
+            uri=photo.uri if photo else tree.uri(f"{split}/{photo_name}"),
             etag=reading.joint_etag(photo, label),
             bytes=sum(i.size for i in (photo, label) if i),
-            detail=json.dumps(detail),
+            detail=json.dumps({"label": label_uri}),
+            group_id=frame.rsplit("_", 1)[0],
+            split=split,
         )
 
 
-def _pairs(list_uri: str, split: str) -> Iterator[tuple[str, str]]:
+def _pairs(tree: Tree, split: str) -> Iterator[tuple[str, str]]:
     """File names of (photo, label map) by line. The paths are the author's own (``/SegNet/CamVid/train/NAME.png``):
     only their last two components are meant."""
-    for number, line in enumerate(storage.read_lines(list_uri), 1):
+    for number, line in enumerate(tree.read_lines(f"{split}.txt"), 1):
         columns = [c.split("/")[-2:] for c in line.split()]
         if not columns:
             continue
         if [c[0] for c in columns if len(c) == 2] != [split, f"{split}annot"]:
             raise ConfigError(
-                f"line {number} of {list_uri} is {line!r}",
+                f"line {number} of {tree.uri(f'{split}.txt')} is {line!r}",
                 f"expected two columns: .../{split}/NAME.png .../{split}annot/NAME.png",
             )
         yield columns[0][1], columns[1][1]

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from segbatch import storage
 from segbatch.datasets import reading
+from segbatch.datasets.base import Dataset
 from segbatch.datasets.class_file import FILE_NAMES, read_class_file
 from segbatch.datasets.reading import IMAGE_SUFFIXES
+from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, DataError
 from segbatch.records import ClassTable, PlanItem, Sample, Task
 from segbatch.storage import ObjectInfo
@@ -24,7 +26,7 @@ _SPLITS = ("train", "training", "trainval", "val", "valid", "validation", "dev",
 _MASK_SUFFIXES = (".png",)
 
 
-class ImageMasks:
+class ImageMasks(Dataset):
     """``images/STEM.jpg`` beside ``masks/STEM.png``, sub-folders alike.
 
     Optional: ``classes.toml``, ``classes.json`` or ``classes.txt`` (see ``class_file``); ``splits/NAME.txt`` with a
@@ -35,28 +37,27 @@ class ImageMasks:
     name: ClassVar[str] = "image-masks"
     tasks: ClassVar[tuple[Task, ...]] = ("semantic",)
 
-    def recognises(self, source: str) -> bool:
+    def recognises(self, tree: Tree) -> bool:
         """Whether ``images/`` and ``masks/`` are there."""
-        return all(storage.is_folder(storage.join(source, folder)) for folder in ("images", "masks"))
+        return all(tree.is_folder(folder) for folder in ("images", "masks"))
 
-    def classes(self, source: str) -> ClassTable:
+    def classes(self, tree: Tree) -> ClassTable:
         """The class file's table; empty without one.
 
         Raises:
             ConfigError: two class files, or a wrong one.
         """
-        found = _class_file(source)
+        found = _class_file(tree)
         return _table(found.uri, found.etag) if found else ClassTable(())
 
-    def splits(self, source: str) -> tuple[str, ...]:
+    def splits(self, tree: Tree) -> tuple[str, ...]:
         """Names of ``splits/*.txt``, else those sub-folders of ``images/`` that are called like a split."""
-        files = storage.list_files(storage.join(source, "splits"), (".txt",), recursive=False)
-        names = [storage.name_of(i.uri)[: -len(".txt")] for i in files]
+        names = [name[: -len(".txt")] for name, _ in tree.files("splits", (".txt",), recursive=False)]
         if names:
             return tuple(sorted(names, key=lambda n: (_SPLITS.index(n) if n in _SPLITS else len(_SPLITS), n)))
-        return tuple(s for s in _SPLITS if storage.is_folder(storage.join(source, "images", s)))
+        return tuple(s for s in _SPLITS if tree.is_folder(f"images/{s}"))
 
-    def items(self, source: str, splits: Sequence[str]) -> Iterator[PlanItem]:
+    def items(self, tree: Tree, splits: Sequence[str]) -> Iterator[PlanItem]:
         """Pairs in the order of the split files, else of the folder ``images/``; then masks without an image.
 
         A photo without mask, a mask without photo and a listed stem without either stay items, and end as rows with
@@ -66,19 +67,20 @@ class ImageMasks:
         Raises:
             ConfigError: another layout, no such split, two photos of one stem, a stem listed twice, a bad class file.
         """
-        if not self.recognises(source):
-            raise ConfigError(f"{source} has no images/ and masks/", "expected images/STEM.jpg beside masks/STEM.png")
-        self.classes(source)
-        wanted = reading.choose_splits(self.name, source, self.splits(source), splits)
-        photos = _by_stem(storage.join(source, "images"), IMAGE_SUFFIXES)
-        masks = _by_stem(storage.join(source, "masks"), _MASK_SUFFIXES)
+        if not self.recognises(tree):
+            problem = f"{tree.source} has no images/ and masks/"
+            raise ConfigError(problem, "expected images/STEM.jpg beside masks/STEM.png")
+        self.classes(tree)
+        wanted = reading.choose_splits(self.name, tree.source, self.splits(tree), splits)
+        photos = _by_stem(tree, "images", IMAGE_SUFFIXES)
+        masks = _by_stem(tree, "masks", _MASK_SUFFIXES)
         if not photos and not masks:
-            raise ConfigError(f"{source}/images holds no image", f"endings that count: {' '.join(IMAGE_SUFFIXES)}")
-        class_file = _class_file(source)
-        for stem, split in _members(source, wanted, bool(splits), photos, masks):
-            yield _pair(source, stem, split, (photos.get(stem), masks.get(stem)), class_file)
+            raise ConfigError(f"{tree.source}/images holds no image", f"endings that count: {' '.join(IMAGE_SUFFIXES)}")
+        class_file = _class_file(tree)
+        for stem, split in _members(tree, wanted, bool(splits), photos, masks):
+            yield _pair(tree, stem, split, (photos.get(stem), masks.get(stem)), class_file)
 
-    def read(self, item: PlanItem) -> Sample:
+    def read(self, item: PlanItem) -> Iterator[Sample]:
         """One photo and its mask.
 
         Raises:
@@ -89,17 +91,16 @@ class ImageMasks:
         label_uri = str(detail["label"])
         mask = reading.read_label(label_uri)
         reading.check_size(mask, info, label_uri, item.uri)
-        return replace(
-            reading.sample_of(item, data, info),
-            split=str(detail["split"]),
-            semantic=_label_ids(mask, label_uri, *detail["classes"]),
+        yield replace(
+            reading.sample_of(item, data, info), semantic=_label_ids(mask, label_uri, *detail["classes"])
         )
 
 
-def _class_file(source: str) -> ObjectInfo | None:
-    found = [i for i in (storage.stat(storage.join(source, name)) for name in FILE_NAMES) if i]
+def _class_file(tree: Tree) -> ObjectInfo | None:
+    found = [i for i in map(tree.stat, FILE_NAMES) if i]
     if len(found) > 1:
-        raise ConfigError(f"{source} has {' and '.join(storage.name_of(i.uri) for i in found)}", "keep one of them")
+        names = " and ".join(storage.name_of(i.uri) for i in found)
+        raise ConfigError(f"{tree.source} has {names}", "keep one of them")
     return found[0] if found else None
 
 
@@ -121,11 +122,11 @@ def _ids_of_colors(uri: str, etag: str) -> tuple[NDArray[np.uint32], NDArray[np.
     return np.array([p for p, _ in pairs], np.uint32), np.array([i for _, i in pairs], np.uint16)
 
 
-def _by_stem(folder: str, suffixes: tuple[str, ...]) -> dict[str, ObjectInfo]:
+def _by_stem(tree: Tree, folder: str, suffixes: tuple[str, ...]) -> dict[str, ObjectInfo]:
     """Files of a folder and its sub-folders by their path below it, without suffix, in listing order."""
     found: dict[str, ObjectInfo] = {}
-    for info in storage.list_files(folder, suffixes):
-        stem = storage.relative(info.uri, folder).rsplit(".", 1)[0]
+    for path, info in tree.files(folder, suffixes):
+        stem = path.rsplit(".", 1)[0]
         if stem in found:
             raise ConfigError(f"{found[stem].uri} and {info.uri} have the same stem", "rename one of them")
         found[stem] = info
@@ -133,12 +134,12 @@ def _by_stem(folder: str, suffixes: tuple[str, ...]) -> dict[str, ObjectInfo]:
 
 
 def _members(
-    source: str, splits: Sequence[str], chosen: bool, photos: dict[str, ObjectInfo], masks: dict[str, ObjectInfo]
+    tree: Tree, splits: Sequence[str], chosen: bool, photos: dict[str, ObjectInfo], masks: dict[str, ObjectInfo]
 ) -> Iterator[tuple[str, str]]:
     """(stem, split) of every sample; ``chosen``: only these splits were asked for."""
-    listed = [s for s in splits if storage.exists(_split_file(source, s))]
+    listed = [s for s in splits if tree.exists(f"splits/{s}.txt")]
     if listed:
-        yield from _listed_members(source, listed)
+        yield from _listed_members(tree, listed)
         return
     for stem in itertools.chain(photos, (s for s in masks if s not in photos)):
         folder = stem.split("/", 1)[0]
@@ -147,15 +148,11 @@ def _members(
             yield stem, split
 
 
-def _split_file(source: str, split: str) -> str:
-    return storage.join(source, "splits", f"{split}.txt")
-
-
-def _listed_members(source: str, splits: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _listed_members(tree: Tree, splits: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Stems in the order of the split files; a line may also carry the photo's suffix."""
     seen: dict[str, str] = {}
     for split in splits:
-        for line in storage.read_lines(_split_file(source, split)):
+        for line in tree.read_lines(f"splits/{split}.txt"):
             text = line.strip()
             stem = text.rsplit(".", 1)[0] if text.lower().endswith(IMAGE_SUFFIXES) else text
             if not stem:
@@ -164,13 +161,13 @@ def _listed_members(source: str, splits: Sequence[str]) -> Iterator[tuple[str, s
                 where = (
                     f"splits/{seen[stem]}.txt and splits/{split}.txt" if seen[stem] != split else f"splits/{split}.txt"
                 )
-                raise ConfigError(f"{source}: {stem} is listed twice, in {where}", "list every sample once")
+                raise ConfigError(f"{tree.source}: {stem} is listed twice, in {where}", "list every sample once")
             seen[stem] = split
             yield stem, split
 
 
 def _pair(
-    source: str,
+    tree: Tree,
     stem: str,
     split: str,
     files: tuple[ObjectInfo | None, ObjectInfo | None],
@@ -178,13 +175,14 @@ def _pair(
 ) -> PlanItem:
     photo, mask = files
     classes = (class_file.uri, class_file.etag) if class_file else ("", "")
-    label_uri = mask.uri if mask else storage.join(source, "masks", f"{stem}.png")
+    label_uri = mask.uri if mask else tree.uri(f"masks/{stem}.png")
     return PlanItem(
         sample_id=stem,
-        uri=photo.uri if photo else storage.join(source, "images", stem),
+        uri=photo.uri if photo else tree.uri(f"images/{stem}"),
         etag=reading.joint_etag(photo, mask, *([class_file] if class_file else [])),
         bytes=sum(i.size for i in (photo, mask) if i),
-        detail=json.dumps({"split": split, "label": label_uri, "classes": classes}),
+        detail=json.dumps({"label": label_uri, "classes": classes}),
+        split=split,
     )
 
 

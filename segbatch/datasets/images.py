@@ -9,7 +9,9 @@ from typing import ClassVar
 
 from segbatch import storage
 from segbatch.datasets import reading
+from segbatch.datasets.base import Dataset
 from segbatch.datasets.reading import IMAGE_SUFFIXES
+from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, StorageError
 from segbatch.records import ClassTable, PlanItem, Sample, Task
 from segbatch.storage import ObjectInfo
@@ -21,44 +23,44 @@ _MAGIC = re.compile(r"[*?\[]")
 _STAT_THREADS = 16
 
 
-class Images:
+class Images(Dataset):
     """Whatever holds photos: ``DIR``, ``DIR/**/*.jpg``, ``photo.jpg``, ``list.txt``."""
 
     name: ClassVar[str] = "images"
     tasks: ClassVar[tuple[Task, ...]] = ()
 
-    def recognises(self, source: str) -> bool:
+    def recognises(self, tree: Tree) -> bool:
         """Whether there is at least one photo."""
         try:
-            return next(list_images(source), None) is not None
+            return next(list_images(tree.source), None) is not None
         except ConfigError:
             return False
 
-    def classes(self, source: str) -> ClassTable:
+    def classes(self, tree: Tree) -> ClassTable:
         """Photos have no classes: the empty table."""
         return ClassTable(())
 
-    def splits(self, source: str) -> tuple[str, ...]:
+    def splits(self, tree: Tree) -> tuple[str, ...]:
         """Photos have no splits."""
         return ()
 
-    def items(self, source: str, splits: Sequence[str]) -> Iterator[PlanItem]:
+    def items(self, tree: Tree, splits: Sequence[str]) -> Iterator[PlanItem]:
         """See ``list_images``.
 
         Raises:
             ConfigError: a split was asked for, or see ``list_images``.
         """
-        reading.choose_splits(self.name, source, (), splits)
-        yield from list_images(source)
+        reading.choose_splits(self.name, tree.source, (), splits)
+        yield from list_images(tree.source)
 
-    def read(self, item: PlanItem) -> Sample:
+    def read(self, item: PlanItem) -> Iterator[Sample]:
         """One photo, without labels.
 
         Raises:
             DataError: it is not there, is empty or is not an image.
         """
         data, info = reading.read_photo(item.uri)
-        return reading.sample_of(item, data, info)
+        yield reading.sample_of(item, data, info)
 
 
 def list_images(source: str | Sequence[str]) -> Iterator[PlanItem]:
@@ -75,6 +77,7 @@ def list_images(source: str | Sequence[str]) -> Iterator[PlanItem]:
     if not isinstance(source, str):
         return _listed(list(source), "the list of images")
     source = storage.resolve(source)
+    source = storage.archive_root(source) if storage.is_archive(source) else source
     if _MAGIC.search(source) and not source.startswith(("http://", "https://")) and not storage.exists(source):
         return _globbed(source)
     if source.lower().endswith(LIST_SUFFIXES) and storage.exists(source):

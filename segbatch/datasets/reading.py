@@ -4,7 +4,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from segbatch import storage
 from segbatch.errors import ConfigError, DataError, ObjectMissing
-from segbatch.records import ClassTable, PlanItem, Sample
+from segbatch.records import ClassTable, Instance, Issue, PlanItem, Sample, Segment
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +24,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".g
 
 MISSING = "missing"
 """The etag of a listed file that is not there; when it comes, the item has changed."""
+
+LABELS_ONLY = "labels-only"
+"""Code of the issue of a good row without its photo."""
 
 _GREY, _GREY_SCALED = 0, {2: 85, 4: 17}
 
@@ -40,6 +43,12 @@ def sample_of(item: PlanItem, data: bytes, info: "PhotoInfo") -> Sample:
         channels=info.channels,
         exif_orientation=info.exif_orientation,
     )
+
+
+def labels_only(item: PlanItem, height: int, width: int) -> Sample:
+    """The sample of a photo that is not distributed with its labels; its image is null, its size the labels'."""
+    note = Issue(LABELS_ONLY, f"the photo {item.uri} is not there; only its labels were read")
+    return Sample(item.sample_id, None, None, item.uri, height, width, None, issues=(note,))
 
 
 def joint_etag(*parts: storage.ObjectInfo | None) -> str:
@@ -174,3 +183,68 @@ def known_ids(classes: ClassTable) -> NDArray[np.bool_]:
     known = np.full(1 << 16, not classes.classes)
     known[[c.label_id for c in classes.classes]] = True
     return known
+
+
+def instances_of_map(
+    id_map: NDArray[Any], category_of: Callable[[int], int | None], crowd: Callable[[int], bool] = lambda _: False
+) -> tuple[Instance, ...]:
+    """The objects of an instance-id map, by ascending id.
+
+    Args:
+        id_map: integers of shape (height, width).
+        category_of: label id of an instance id; None for what is no object.
+        crowd: whether an instance id marks a group.
+    """
+    from segbatch.codecs import rle
+
+    found = rle.instances_of(id_map)
+    kept = []
+    for i, instance_id in enumerate(found.ids.tolist()):
+        category = category_of(instance_id)
+        if category is not None:
+            box = tuple(float(v) for v in found.boxes_xywh[i])
+            area = float(found.areas[i])
+            kept.append(Instance(instance_id, category, box, area, crowd(instance_id), found.counts[i]))  # type: ignore[arg-type]
+    return tuple(kept)
+
+
+def panoptic_of(
+    id_map: NDArray[Any], segments: Sequence[Segment], uri: str, void: int = 0
+) -> tuple[NDArray[np.uint16], tuple[Segment, ...], tuple[Issue, ...]]:
+    """The index map of a segment-id map.
+
+    Args:
+        id_map: integers of shape (height, width): the official segment ids.
+        segments: as listed by the annotation, in its order.
+        uri: of the map, for messages.
+        void: the id of pixels without segment.
+
+    Returns:
+        The index map (uint16, n + 1 for ``segments[n]``, 0 for void), the segments, and an issue for every segment
+        without pixels.
+
+    Raises:
+        DataError: ``unknown-segment``: pixels of an id that is not listed; ``duplicate-segment``; more segments than
+            an index map can hold (65,535).
+    """
+    listed = np.array([s.id for s in segments], np.int64)
+    order = np.argsort(listed, kind="stable")
+    ordered = listed[order]
+    if len(ordered) > np.iinfo(np.uint16).max:
+        raise DataError(f"{uri} lists {len(ordered)} segments, more than 65,535", "merge some", "bad-panoptic", uri)
+    if (ordered[1:] == ordered[:-1]).any():
+        twice = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
+        raise DataError(f"the segment {twice} of {uri} is listed twice", "list it once", "duplicate-segment", uri)
+    values, inverse = np.unique(id_map, return_inverse=True)
+    place = np.minimum(np.searchsorted(ordered, values), max(len(ordered) - 1, 0))
+    known = ordered[place] == values if len(ordered) else np.zeros(len(values), bool)
+    strange = values[~known & (values != void)]
+    if len(strange):
+        pixels = int((id_map == strange[0]).sum())
+        problem = f"{uri} shows the segment {int(strange[0])} ({pixels} pixels), which is not listed"
+        raise DataError(problem, "list it in segments_info, or paint it void", "unknown-segment", uri)
+    index = np.where(known & (values != void), order[place] + 1 if len(ordered) else 0, 0).astype(np.uint16)
+    shown = set(values.tolist())
+    empty = [s.id for s in segments if s.id not in shown]
+    issues = tuple(Issue("empty-segment", f"the segment {i} of {uri} has no pixels", i) for i in empty)
+    return index[inverse].reshape(id_map.shape), tuple(segments), issues

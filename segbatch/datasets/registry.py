@@ -1,14 +1,14 @@
 """Every dataset by name. Outsiders add theirs by an entry point of the group ``segbatch.datasets``."""
 
+import functools
+import importlib
+import itertools
 from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
-from segbatch import storage
 from segbatch.config import nearest
 from segbatch.datasets.base import Dataset
-from segbatch.datasets.camvid import CamVid
-from segbatch.datasets.image_masks import ImageMasks
-from segbatch.datasets.images import Images
+from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError
 
 AUTO = "auto"
@@ -16,9 +16,32 @@ AUTO = "auto"
 
 ENTRY_POINTS = "segbatch.datasets"
 
-DATASETS: dict[str, Dataset] = {d.name: d for d in (CamVid(), ImageMasks(), Images())}
+BUILT_IN = {
+    "ade20k": "ade20k:Ade20k",
+    "ade20k-full": "ade20k_full:Ade20kFull",
+    "bdd100k-drivable": "bdd100k:Drivable",
+    "bdd100k-ins": "bdd100k:InstanceSegmentation",
+    "bdd100k-lane": "bdd100k:Lane",
+    "bdd100k-pan": "bdd100k:PanopticSegmentation",
+    "bdd100k-sem": "bdd100k:SemanticSegmentation",
+    "camvid": "camvid:CamVid",
+    "ccp": "ccp:Ccp",
+    "cityscapes": "cityscapes:Cityscapes",
+    "coco-instances": "coco:CocoInstances",
+    "coco-panoptic": "coco:CocoPanoptic",
+    "coco-stuff": "coco_stuff:CocoStuff",
+    "image-masks": "image_masks:ImageMasks",
+    "images": "images:Images",
+    "kitti": "kitti:Kitti",
+    "lits": "lits:Lits",
+    "pascal-context": "pascal_context:PascalContext",
+    "pascal-voc": "pascal_voc:PascalVoc",
+    "pratheepan": "pratheepan:Pratheepan",
+    "sku110k": "sku110k:Sku110k",
+}
+"""Module below ``segbatch.datasets`` and class of every built-in dataset."""
 
-_ANY_FOLDER = Images.name
+_ANY_FOLDER = "images"
 """Recognises whatever holds a photo, so ``auto`` asks it last."""
 
 _SHOWN = 5
@@ -26,19 +49,17 @@ _SHOWN = 5
 
 def names() -> tuple[str, ...]:
     """Built-in and installed datasets, in alphabetical order."""
-    return tuple(sorted({*DATASETS, *_plugins()}))
+    return tuple(sorted({*BUILT_IN, *_plugins()}))
 
 
-def dataset(name: str, source: str = "") -> Dataset:
-    """The dataset of that name; ``auto`` looks at ``source``.
+def dataset(name: str) -> Dataset:
+    """The dataset of that name.
 
     Raises:
-        ConfigError: an unknown name, with the known ones and the nearest; or see ``recognise``.
+        ConfigError: an unknown name, with the known ones and the nearest.
     """
-    if name == AUTO:
-        return recognise(source)
-    if name in DATASETS:
-        return DATASETS[name]
+    if name in BUILT_IN:
+        return _built_in(name)
     plugins = _plugins()
     if name in plugins:
         return _load(plugins[name])
@@ -46,33 +67,55 @@ def dataset(name: str, source: str = "") -> Dataset:
     raise ConfigError(f"unknown dataset {name!r}{nearest(name, [*names(), AUTO])}", f"known: {known}")
 
 
-def recognise(source: str) -> Dataset:
-    """The one dataset whose layout ``source`` has.
+@functools.cache
+def _built_in(name: str) -> Dataset:
+    module, _, kind = BUILT_IN[name].partition(":")
+    return cast(Dataset, getattr(importlib.import_module(f"segbatch.datasets.{module}"), kind)())
+
+
+def find(name: str, source: str) -> tuple[Dataset, Tree]:
+    """The dataset of that name (``auto``: the one that recognises ``source``) and the tree that has its layout.
+
+    Raises:
+        ConfigError: an unknown name; with ``auto``: none or several recognise it; says what was seen.
+    """
+    tree = Tree.of(source)
+    if name == AUTO:
+        return recognise(tree)
+    found = dataset(name)
+    return found, next((t for t in tree.candidates() if found.recognises(t)), tree)
+
+
+def recognise(tree: Tree) -> tuple[Dataset, Tree]:
+    """The one dataset whose layout the tree has, perhaps some folders down.
 
     Raises:
         ConfigError: none or several; says what was seen.
     """
-    specific = [n for n in names() if n != _ANY_FOLDER]
-    found = [n for n in specific if dataset(n).recognises(source)]
-    if len(found) > 1:
-        raise ConfigError(f"{source} looks like {' and '.join(found)}", "name the one you mean instead of auto")
-    if found:
-        return dataset(found[0])
-    if DATASETS[_ANY_FOLDER].recognises(source):
-        return DATASETS[_ANY_FOLDER]
-    raise ConfigError(f"{source} is not recognised as any of {', '.join(names())}: {_seen(source)}", "name the dataset")
+    specific = [dataset(n) for n in names() if n != _ANY_FOLDER]
+    for below in tree.candidates():
+        found = [d for d in specific if d.recognises(below)]
+        if len(found) > 1:
+            names_ = " and ".join(d.name for d in found)
+            raise ConfigError(f"{tree.source} looks like {names_}", "name the one you mean instead of auto")
+        if found:
+            return found[0], below
+    if dataset(_ANY_FOLDER).recognises(tree):
+        return dataset(_ANY_FOLDER), tree
+    known = ", ".join(names())
+    raise ConfigError(f"{tree.source} is not recognised as any of {known}: {_seen(tree)}", "name the dataset")
 
 
-def _seen(source: str) -> str:
-    if not storage.exists(source):
+def _seen(tree: Tree) -> str:
+    if not tree.exists(""):
         return "it does not exist"
-    first = [storage.relative(i.uri, source) for i, _ in zip(storage.list_files(source), range(_SHOWN), strict=False)]
+    first = [path for path, _ in itertools.islice(tree.files(), _SHOWN)]
     return f"its first files are {', '.join(first)}" if first else "it holds no file"
 
 
 def _plugins() -> dict[str, EntryPoint]:
     """Entry points by name; a built-in name cannot be taken."""
-    return {e.name: e for e in entry_points(group=ENTRY_POINTS) if e.name not in DATASETS}
+    return {e.name: e for e in entry_points(group=ENTRY_POINTS) if e.name not in BUILT_IN}
 
 
 def _load(plugin: EntryPoint) -> Dataset:

@@ -19,9 +19,9 @@ from segbatch.errors import ConfigError, DataError
 from segbatch.metrics import registry
 from segbatch.metrics.base import Metric, Row
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
-from segbatch.stages import evaluate_join as join
+from segbatch.stages import join
 from segbatch.stages.evaluate_finish import Summary, finish
-from segbatch.stages.evaluate_join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
+from segbatch.stages.join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
 from segbatch.storage import ObjectInfo
 
 __all__ = ["EvaluateTask", "EvaluateWorker", "Summary", "finish", "items"]
@@ -93,18 +93,19 @@ class EvaluateTask:
 
 
 class EvaluateWorker:
-    """See ``runs.Worker``. Holds the metric and, once a join was needed, the index of the samples."""
+    """See ``runs.Worker``. Holds the metric and the join of masks with samples."""
 
     def __init__(self, task: EvaluateTask, journal: runs.Journal) -> None:
-        self._samples = tables.parts(tables.find(task.samples_root, "samples"))
         classes = tables.class_table(tables.root_of(task.samples_root, "samples"))
         self._metric: Metric[Any] = registry.make(task.protocol, classes)
-        self._truth_columns = (*_TRUTH, *self._metric.truth_columns)
-        self._prediction_columns = (*_PREDICTION, *self._metric.prediction_columns)
+        self._join = join.Join(
+            tables.parts(tables.find(task.samples_root, "samples")),
+            (*_TRUTH, *self._metric.truth_columns),
+            (*_PREDICTION, *self._metric.prediction_columns),
+        )
         self._journal = journal
         self._lock = threading.Lock()
         self._rows_done = 0
-        self._index: join.SampleIndex | None = None
 
     @property
     def rows_done(self) -> int:
@@ -112,8 +113,7 @@ class EvaluateWorker:
         return self._rows_done
 
     def close(self) -> None:
-        """Forget the index."""
-        self._index = None
+        """Nothing is held that would have to be released."""
 
     def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
         """State rows of every mask in the shard's parts, in their order; then commit."""
@@ -121,7 +121,7 @@ class EvaluateWorker:
         slot = f"evaluate-{threading.get_ident()}"
         writer = tables.PartWriter("state")
         for item in runs.items_of(shard):
-            for masks, truth in self._matched(item):
+            for masks, truth in self._join.matched(item):
                 self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
                 writer.write(self._state(masks, truth, skip))
                 with self._lock:
@@ -132,35 +132,10 @@ class EvaluateWorker:
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Count one sample of the shard, and write nothing."""
         for item in runs.items_of(shard):
-            for masks, truth in self._matched(item):
+            for masks, truth in self._join.matched(item):
                 for i, found in enumerate(masks.column("sample_id").to_pylist()):
                     if found == sample_id:
                         self._state(masks.slice(i, 1), truth[i : i + 1], {})
-
-    def _matched(self, item: PlanItem) -> Iterator[tuple[pa.RecordBatch, Sequence[Row | None]]]:
-        """Batches of masks, each row with its sample; None where the table lacks it."""
-        stop = item.row_start + item.rows
-        masks = tables.batches(item.uri, "masks", self._prediction_columns, item.row_start, stop)
-        ranges = join.source_ranges(item.uri, self._samples, item.row_start)
-        if ranges is not None:
-            rows = join.walk(ranges, self._truth_columns)
-            for batch in masks:
-                together = join.zipped(batch, rows)
-                if together is None:  # the samples were written again in another order
-                    yield batch, self._joined(batch)
-                    break
-                yield batch, together
-        for block in join.blocks(masks):
-            yield block, self._joined(block)
-
-    def _joined(self, masks: pa.RecordBatch) -> list[Row | None]:
-        with self._lock:
-            if self._index is None:
-                self._index = join.SampleIndex(self._samples)
-            index = self._index
-        positions = index.positions(masks.column("sample_id").to_pylist())
-        found = index.rows(positions, self._truth_columns)
-        return [found.get(int(p)) for p in positions]
 
     def _state(self, masks: pa.RecordBatch, truth: Sequence[Row | None], skip: Mapping[str, str]) -> pa.RecordBatch:
         """State rows of a batch of masks."""

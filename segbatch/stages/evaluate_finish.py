@@ -15,8 +15,8 @@ from segbatch.errors import ConfigError, IncompleteRunError
 from segbatch.metrics import registry
 from segbatch.metrics.base import Confusion, ImageScore, Metric
 from segbatch.records import OK, Figure
-from segbatch.stages import evaluate_join as join
-from segbatch.stages.evaluate_join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
+from segbatch.stages import join
+from segbatch.stages.join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
 
 Missing = Literal["error", "skip"]
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from segbatch import schemas, storage, tables
 from segbatch.codecs import photo, runlength
-from segbatch.codecs.columns import class_pixels_array, runs_array
 from segbatch.codecs.runlength import Runs
 from segbatch.errors import ConfigError, DataError, ObjectMissing, StorageError
 from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
@@ -31,6 +30,7 @@ from segbatch.models.registry import ModelSource
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.runs import Journal, commit, items_of
 from segbatch.stages.allocator import keep_freed_pages
+from segbatch.stages.mask_rows import MaskRow, masks_batch
 
 _MODEL_ERRORS = (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
 T = TypeVar("T")
@@ -166,10 +166,10 @@ class PredictWorker:
                 seconds[stage] = seconds.get(stage, 0.0) + spent
             pending.append(row)
             if len(pending) >= _ROWS_PER_BATCH:
-                yield masks_batch(pending, self._digest)
+                yield masks_batch(list(map(_mask_row, pending)), self._digest)
                 pending = []
         if pending:
-            yield masks_batch(pending, self._digest)
+            yield masks_batch(list(map(_mask_row, pending)), self._digest)
 
     def _rows(self, shard: int, photos: Iterable[_Photo], skip: Mapping[str, str]) -> Iterator[_Row]:
         """Chunks in order, each read ahead and then worked on by a codec thread."""
@@ -409,30 +409,17 @@ def _source_of(items: Sequence[PlanItem]) -> str:
     return json.dumps([{"uri": i.uri, "row_start": i.row_start, "rows": i.rows} for i in items if not i.sample_id])
 
 
-def masks_batch(rows: Sequence[_Row], digest: str) -> pa.RecordBatch:
-    """Rows as a record batch of ``schemas.MASKS``."""
-    columns: dict[str, Any] = {
-        "sample_id": [r.photo.sample_id for r in rows],
-        "group_id": [r.photo.group_id for r in rows],
-        "image_uri": [r.photo.uri for r in rows],
-        "etag": [r.photo.etag for r in rows],
-        "height": [r.height for r in rows],
-        "width": [r.width for r in rows],
-        "status": [r.status for r in rows],
-        "error": [r.error for r in rows],
-        "semantic": runs_array([r.runs for r in rows]),
-        "class_pixels": class_pixels_array([r.runs for r in rows]),
-        "class_confidence": [_confidence(r.confidence) for r in rows],
-        "model_digest": [digest] * len(rows),
-        **{f"seconds_{s}": [r.seconds.get(s) for r in rows] for s in ("decode", "model", "encode")},
-    }
-    arrays = [
-        c if isinstance(c, pa.Array) else pa.array(c if c is not None else [None] * len(rows), f.type)
-        for f in schemas.MASKS
-        for c in [columns.get(f.name)]
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schemas.MASKS)
-
-
-def _confidence(means: Mapping[int, float] | None) -> list[dict[str, float]] | None:
-    return None if means is None else [{"value": k, "mean": v} for k, v in sorted(means.items())]
+def _mask_row(row: _Row) -> MaskRow:
+    return MaskRow(
+        sample_id=row.photo.sample_id,
+        group_id=row.photo.group_id,
+        image_uri=row.photo.uri,
+        etag=row.photo.etag,
+        height=row.height,
+        width=row.width,
+        status=row.status,
+        error=row.error,
+        semantic=row.runs,
+        class_confidence=row.confidence,
+        seconds=row.seconds,
+    )

@@ -11,7 +11,7 @@ from segbatch.planning import SELECTED
 from segbatch.records import PlanItem
 from segbatch.storage import ObjectInfo
 
-_LARGE = {"image", "semantic", "instances", "panoptic", "segments", "class_pixels", "volume"}
+_LARGE = {"image", "semantic", "instances", "panoptic", "segments", "class_pixels", "volume", "label_maps"}
 
 
 def sample_ranges(root: str, where: str = "") -> Iterator[PlanItem]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from segbatch import schemas
 from segbatch.codecs import columns, runlength
 from segbatch.datasets.camvid import CLASSES, CamVid
+from segbatch.datasets.tree import Tree
 from segbatch.metrics import registry
 from segbatch.metrics.base import Metric, Row
 from segbatch.metrics.camvid import CamVidMetric, CamVidStrictMetric
@@ -31,7 +32,7 @@ NEIGHBOUR = (0.941626, 0.824780, 0.736410)
 
 def label_maps(root: Path, split: str) -> list[Map]:
     dataset = CamVid()
-    samples = (dataset.read(item) for item in dataset.items(str(root), [split]))
+    samples = (s for item in dataset.items(Tree.of(str(root)), [split]) for s in dataset.read(item))
     return [s.semantic for s in samples if s.semantic is not None]
 
 

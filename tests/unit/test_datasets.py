@@ -16,38 +16,44 @@ from segbatch.datasets import drawn_shelves, reading, registry
 from segbatch.datasets.camvid import CamVid
 from segbatch.datasets.image_masks import ImageMasks
 from segbatch.datasets.images import Images, list_images
+from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, DataError
-from segbatch.records import ClassTable, PlanItem
+from segbatch.records import ClassTable, PlanItem, Sample
 
 SharedData = Callable[[str], Path]
 
 
 def items(dataset: CamVid | ImageMasks, root: Path, *splits: str) -> list[PlanItem]:
-    return list(dataset.items(str(root), splits))
+    return list(dataset.items(Tree.of(str(root)), splits))
 
 
 def problem(dataset: CamVid | ImageMasks, item: PlanItem) -> DataError:
     with pytest.raises(DataError) as caught:
-        dataset.read(item)
+        list(dataset.read(item))
     return caught.value
+
+
+def sample(dataset: CamVid | ImageMasks, item: PlanItem) -> Sample:
+    (found,) = dataset.read(item)
+    return found
 
 
 class TestRegistry:
     def test_unknown_name_lists_the_known_and_the_nearest(self) -> None:
-        with pytest.raises(ConfigError, match=r"'camvit'; did you mean camvid\?.*known: camvid, image-masks, images"):
+        with pytest.raises(ConfigError, match=r"'camvit'; did you mean camvid\?.*known: ade20k, .*, sku110k"):
             registry.dataset("camvit")
 
     def test_auto_says_what_it_saw(self, tmp_path: Path) -> None:
         (tmp_path / "table.csv").write_text("a,b")
         with pytest.raises(ConfigError, match=r"first files are table\.csv"):
-            registry.dataset("auto", str(tmp_path))
+            registry.find("auto", str(tmp_path))
         with pytest.raises(ConfigError, match="does not exist"):
-            registry.dataset("auto", str(tmp_path / "nowhere"))
+            registry.find("auto", str(tmp_path / "nowhere"))
 
     def test_auto_refuses_to_choose_between_two(self, tmp_path: Path) -> None:
         generators.image_masks(generators.camvid(tmp_path))
         with pytest.raises(ConfigError, match="looks like camvid and image-masks"):
-            registry.dataset("auto", str(tmp_path))
+            registry.find("auto", str(tmp_path))
 
     def test_an_installed_dataset_joins_by_entry_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Theirs(Images):
@@ -72,9 +78,11 @@ class TestCamVid:
         assert [i.sample_id for i in found] == frames and len(frames) == 101
         pixels = np.zeros(12, np.int64)
         for item in found:
-            sample = CamVid().read(item)
-            assert sample.semantic is not None and (sample.height, sample.width, sample.channels) == (360, 480, 3)
-            pixels += np.bincount(sample.semantic.ravel(), minlength=12)
+            found_sample = sample(CamVid(), item)
+            assert found_sample.semantic is not None
+            size = (found_sample.height, found_sample.width, found_sample.channels)
+            assert size == (360, 480, 3)
+            pixels += np.bincount(found_sample.semantic.ravel(), minlength=12)
         maps = [np.array(Image.open(root / "valannot" / f"{frame}.png")) for frame in frames]
         assert pixels.tolist() == [int(sum((m == i).sum() for m in maps)) for i in range(12)]
         assert pixels.sum() == 101 * 360 * 480
@@ -82,12 +90,12 @@ class TestCamVid:
     def test_real_splits_videos_and_counts(self, shared_data: SharedData) -> None:
         root = shared_data("data/camvid")
         found = items(CamVid(), root)
-        groups = {CamVid().read(i).group_id for i in found[:: len(found) // 40]}
-        assert CamVid().splits(str(root)) == ("train", "val") and len(found) == 367 + 101
+        groups = {i.group_id for i in found[:: len(found) // 40]}
+        assert CamVid().splits(Tree.of(str(root))) == ("train", "val") and len(found) == 367 + 101
         assert found[0].sample_id == "0001TP_006690" and groups == {"0001TP", "0006R0", "0016E5"}
 
     def test_classes_are_the_official_eleven_and_void(self) -> None:
-        table = CamVid().classes("")
+        table = CamVid().classes(Tree.of("nowhere"))
         assert len(table.scored) == 11 and table.ignore_ids == (11,)
         assert table.scored[8].name == "Car" and table.scored[8].color == (64, 0, 128)
 
@@ -192,7 +200,7 @@ class TestImageMasks:
         (root / "splits" / "train.txt").write_text("train/item_2\ntrain/item_0\n\n")
         found = items(ImageMasks(), root)
         assert [i.sample_id for i in found] == ["train/item_2", "train/item_0", "val/item_1"]
-        assert [ImageMasks().read(i).split for i in found] == ["train", "train", "val"]
+        assert [i.split for i in found] == ["train", "train", "val"]
         (root / "splits" / "val.txt").write_text("train/item_0\n")
         with pytest.raises(ConfigError, match=r"train/item_0 is listed twice, in splits/train.txt and splits/val.txt"):
             items(ImageMasks(), root)
@@ -229,7 +237,7 @@ class TestImageMasks:
         colours = np.array([[table[int(v)] for v in row] for row in wanted], np.uint8)
         mask = root / "masks" / "train" / "item_0.png"
         generators.save(mask, colours)
-        assert np.array_equal(np.asarray(ImageMasks().read(item).semantic), wanted)
+        assert np.array_equal(np.asarray(sample(ImageMasks(), item).semantic), wanted)
         colours[3, 5] = (1, 2, 3)
         generators.save(mask, colours)
         error = problem(ImageMasks(), item)
@@ -245,22 +253,22 @@ class TestImageMasks:
             error.code == "unknown-label" and "id 77 at row 2, column 7" in error.problem and "2 such" in error.problem
         )
         (root / "classes.toml").unlink()
-        assert np.array_equal(np.asarray(ImageMasks().read(items(ImageMasks(), root)[0]).semantic), mask)
-        assert ImageMasks().classes(str(root)) == ClassTable(())
+        assert np.array_equal(np.asarray(sample(ImageMasks(), items(ImageMasks(), root)[0]).semantic), mask)
+        assert ImageMasks().classes(Tree.of(str(root))) == ClassTable(())
 
     def test_class_files_of_three_kinds_agree(self, tmp_path: Path) -> None:
         root = generators.image_masks(tmp_path)
-        from_toml = ImageMasks().classes(str(root))
+        from_toml = ImageMasks().classes(Tree.of(str(root)))
         assert [c.label_id for c in from_toml.classes] == [0, 3, 900, 255] and from_toml.ignore_ids == (255,)
         (root / "classes.toml").unlink()
         (root / "classes.json").write_text(
             '[{"id": 0, "name": "floor", "color": [10, 20, 30]}, {"id": 3, "name": "cart", "color": [200, 0, 0]},'
             '{"id": 900, "name": "person", "color": [0, 0, 255]}, {"id": 255, "name": "void", "ignore": true}]'
         )
-        assert ImageMasks().classes(str(root)) == from_toml
+        assert ImageMasks().classes(Tree.of(str(root))) == from_toml
         (root / "classes.json").unlink()
         (root / "classes.txt").write_text("floor\nshopping cart\n")
-        assert [(c.label_id, c.name) for c in ImageMasks().classes(str(root)).classes] == [
+        assert [(c.label_id, c.name) for c in ImageMasks().classes(Tree.of(str(root))).classes] == [
             (0, "floor"),
             (1, "shopping cart"),
         ]
@@ -321,10 +329,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestDrawnShelves:
     def test_it_is_a_clean_image_masks_tree(self, tree: Path) -> None:
-        assert registry.dataset("auto", str(tree)).name == "image-masks"
+        assert registry.find("auto", str(tree))[0].name == "image-masks"
         found = items(ImageMasks(), tree)
         assert [len(items(ImageMasks(), tree, s)) for s in ("train", "val")] == [120, 30] and len(found) == 150
-        maps = [np.asarray(ImageMasks().read(i).semantic) for i in found]
+        maps = [np.asarray(sample(ImageMasks(), i).semantic) for i in found]
         pixels = np.bincount(np.concatenate(maps).ravel(), minlength=6) / (150 * 192 * 256)
         assert pixels[:5].min() > 0.04 and 0 < pixels[5] < 0.05
         assert all({0, 1, 2, 3} <= set(np.unique(m).tolist()) for m in maps)

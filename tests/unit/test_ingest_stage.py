@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from PIL import Image
 
 from segbatch import schemas, tables
 from segbatch.codecs import runlength
-from segbatch.codecs.columns import runs_at
+from segbatch.codecs.columns import label_maps_at, runs_at
 from segbatch.config import EngineConfig, PlanConfig
 from segbatch.datasets import registry
+from segbatch.datasets.base import Dataset
 from segbatch.datasets.camvid import CamVid
+from segbatch.datasets.tree import Tree
 from segbatch.engine.base import Control
 from segbatch.engine.inline import InlineEngine
-from segbatch.errors import DataError, EngineError, SchemaError, StorageError, TransientStorageError
-from segbatch.records import ClassTable, Instance, Issue, Outcome, PlanItem, Sample, Segment, ShardRef
+from segbatch.errors import DataError, EngineError, StorageError, TransientStorageError
+from segbatch.records import ClassTable, Instance, Issue, Outcome, PlanItem, Sample, Segment, ShardRef, VolumeSlice
 from segbatch.runs import Run
 from segbatch.stages import ingest
+from segbatch.stages.items import grouped
 
 
 class Recorder:
@@ -48,7 +51,7 @@ class Recorder:
 
 def planned(out: Path, source: Path, name: str = "camvid", shard_rows: int = 2) -> Run:
     run = Run.open(str(out), "samples", "ingest", {"dataset": name})
-    run.plan(lambda: registry.dataset(name).items(str(source), ()), PlanConfig(shard_rows=shard_rows))
+    run.plan(lambda: registry.dataset(name).items(Tree.of(str(source)), ()), PlanConfig(shard_rows=shard_rows))
     return run
 
 
@@ -62,14 +65,14 @@ def rows_of(root: Path) -> list[dict[str, Any]]:
 
 
 def camvid_task(source: Path, by_reference: bool = False) -> ingest.IngestTask:
-    return ingest.IngestTask("camvid", str(source), by_reference)
+    return ingest.IngestTask("camvid", by_reference)
 
 
 def test_a_dataset_becomes_rows_bit_for_bit_and_in_order(tmp_path: Path) -> None:
     source, out = generators.camvid(tmp_path / "camvid", frames=5), tmp_path / "out"
     run = planned(out, source)
     outcomes = ingested(run, camvid_task(source))
-    rows, items = rows_of(out), list(CamVid().items(str(source), ()))
+    rows, items = rows_of(out), list(CamVid().items(Tree.of(str(source)), ()))
     assert [o.rows for o in outcomes] == [2] * 5 and not any(o.bad for o in outcomes)
     assert [r["sample_id"] for r in rows] == [i.sample_id for i in items]
     for row, item in zip(rows, items, strict=True):
@@ -106,7 +109,7 @@ def test_photos_without_labels_have_null_label_columns(tmp_path: Path) -> None:
 def broken_camvid(root: Path) -> Path:
     """Six frames: good, bad label, photo gone, photo not an image, photo empty, label gone."""
     generators.camvid(root, frames=6, splits=("train",))
-    photos = [Path(i.uri) for i in CamVid().items(str(root), ())]
+    photos = [Path(i.uri) for i in CamVid().items(Tree.of(str(root)), ())]
     generators.save(root / "trainannot" / photos[1].name, np.full((4, 4), 1, np.uint8))
     photos[2].unlink()
     photos[3].write_bytes(b"not an image at all")
@@ -139,7 +142,7 @@ def test_retry_reads_only_the_bad_rows_again(tmp_path: Path, monkeypatch: pytest
     read: list[str] = []
     original = CamVid.read
 
-    def counted(self: CamVid, item: PlanItem) -> Sample:
+    def counted(self: CamVid, item: PlanItem) -> Iterator[Sample]:
         read.append(item.sample_id)
         return original(self, item)
 
@@ -154,7 +157,7 @@ def test_retry_reads_only_the_bad_rows_again(tmp_path: Path, monkeypatch: pytest
 def test_quarantined_samples_are_never_touched_and_every_other_is_in_the_journal(tmp_path: Path) -> None:
     source, out, journal = generators.camvid(tmp_path / "camvid"), tmp_path / "out", Recorder()
     (shard,) = planned(out, source, shard_rows=6).missing()
-    poison = next(CamVid().items(str(source), ())).sample_id
+    poison = next(CamVid().items(Tree.of(str(source)), ())).sample_id
     worker = camvid_task(source).open(2, journal)
     outcome = worker.run(shard, {poison: "killed its process twice"})
     worker.close()
@@ -169,47 +172,48 @@ def test_probe_reads_one_sample_and_writes_nothing(tmp_path: Path) -> None:
     source, out, journal = generators.camvid(tmp_path / "camvid"), tmp_path / "out", Recorder()
     (shard,) = planned(out, source, shard_rows=6).missing()
     worker = camvid_task(source).open(1, journal)
-    wanted = list(CamVid().items(str(source), ()))[3].sample_id
+    wanted = list(CamVid().items(Tree.of(str(source)), ()))[3].sample_id
     worker.probe(shard, wanted)
     worker.close()
     assert journal.noted == [wanted] and not (out / "samples").exists()
 
 
-class Faulty:
+class Faulty(Dataset):
     """A dataset whose reads fail as told."""
 
-    name, tasks = "faulty", ()
+    name = "faulty"
+    tasks = ()
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def recognises(self, source: str) -> bool:
+    def recognises(self, tree: Tree) -> bool:
         return False
 
-    def classes(self, source: str) -> ClassTable:
+    def classes(self, tree: Tree) -> ClassTable:
         return ClassTable(())
 
-    def splits(self, source: str) -> tuple[str, ...]:
+    def splits(self, tree: Tree) -> tuple[str, ...]:
         return ()
 
-    def items(self, source: str, splits: Sequence[str]) -> Iterator[PlanItem]:
-        return iter([PlanItem(f"s{i}", f"{source}/s{i}", "e", 1) for i in range(9)])
+    def items(self, tree: Tree, splits: Sequence[str]) -> Iterator[PlanItem]:
+        return iter([PlanItem(f"s{i}", f"{tree.source}/s{i}", "e", 1) for i in range(9)])
 
-    def read(self, item: PlanItem) -> Sample:
+    def read(self, item: PlanItem) -> Iterator[Sample]:
         raise self.error
 
 
 def test_a_store_that_is_down_fails_the_shard_not_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.DATASETS, "faulty", Faulty(TransientStorageError("timeout")))
+    monkeypatch.setattr(registry, "dataset", lambda name: Faulty(TransientStorageError("timeout")))
     run = planned(tmp_path / "out", tmp_path, "faulty", shard_rows=9)
     with pytest.raises(EngineError, match=r"shard 0.* failed 3 times: timeout"):
-        ingested(run, ingest.IngestTask("faulty", str(tmp_path)))
+        ingested(run, ingest.IngestTask("faulty"))
     assert list(run.missing())
 
 
 def test_a_photo_that_may_not_be_read_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.DATASETS, "faulty", Faulty(StorageError("permission denied", "mend it")))
-    ingested(planned(tmp_path / "out", tmp_path, "faulty"), ingest.IngestTask("faulty", str(tmp_path)))
+    monkeypatch.setattr(registry, "dataset", lambda name: Faulty(StorageError("permission denied", "mend it")))
+    ingested(planned(tmp_path / "out", tmp_path, "faulty"), ingest.IngestTask("faulty"))
     rows = rows_of(tmp_path / "out")
     assert [r["status"] for r in rows] == ["unreadable"] * 9 and "mend it" in rows[0]["issues"][0]["message"]
 
@@ -234,7 +238,9 @@ def test_instances_segments_attributes_and_issues_are_kept() -> None:
         issues=(Issue("odd-area", "area is 2.5", 7),),
     )
     plain = ingest.row_of(ITEM, SAMPLE)
-    batch = ingest.samples_batch([ingest.row_of(ITEM, sample), plain, ingest.failed_row(ITEM, "x", "y")])
+    batch = ingest.samples_batch(
+        [ingest.row_of(ITEM, sample), plain, ingest.bad_row(ITEM, DataError("y", code="quarantined"))]
+    )
     first, second, third = batch.to_pylist()
     assert first["instances"][0] == {
         "id": 7, "category_id": 3, "bbox_xywh": [0.5, 1.0, 2.0, 1.0], "area": 2.5, "iscrowd": True, "counts": b"\x01b",
@@ -252,15 +258,74 @@ def test_a_dataset_that_breaks_its_promises_is_caught() -> None:
     with pytest.raises(DataError, match="label map is") as caught:
         ingest.row_of(ITEM, short)
     assert caught.value.code == "size-mismatch"
-    panoptic = replace(SAMPLE, panoptic=np.zeros((2, 3), np.uint32))
-    with pytest.raises(SchemaError, match="panoptic"):
-        ingest.row_of(ITEM, panoptic)
+    unlisted = replace(SAMPLE, panoptic=np.full((2, 3), 2, np.uint16), segments=(Segment(9, 4, 6.0, (0, 0, 3, 2)),))
+    with pytest.raises(DataError, match="more segments than are listed"):
+        ingest.row_of(ITEM, unlisted)
+
+
+def test_panoptic_maps_extra_label_maps_and_slices_are_kept() -> None:
+    index_map, parts = np.array([[1, 1, 0], [2, 2, 2]], np.uint16), np.array([[5, 0, 0], [0, 0, 9]], np.uint16)
+    segments = (Segment(70000, 4, 2.0, (0.0, 0.0, 2.0, 1.0)), Segment(8, 5, 3.0, (0.0, 1.0, 3.0, 1.0)))
+    volume = VolumeSlice(3, 30, (3.0, 3.0, 5.0), tuple(float(v) for v in range(16)), 1.0, -1024.0, "int16", b"\x5c\x01")
+    sample = replace(SAMPLE, panoptic=index_map, segments=segments, label_maps={"parts_1": parts}, volume=volume)
+    batch = ingest.samples_batch([ingest.row_of(ITEM, sample), ingest.row_of(ITEM, SAMPLE)])
+    first, second = batch.to_pylist()
+    runs = runs_at(batch.column("panoptic"), 0)
+    assert runs is not None and np.array_equal(runlength.decode(runs, (2, 3)), index_map)
+    assert [s["id"] for s in first["segments"]] == [70000, 8]
+    maps = label_maps_at(batch.column("label_maps"), 0)
+    assert list(maps) == ["parts_1"] and np.array_equal(runlength.decode(maps["parts_1"], (2, 3)), parts)
+    assert first["volume"] == {**asdict(volume), "spacing_mm": [3.0, 3.0, 5.0], "affine": list(volume.affine)}
+    assert second["panoptic"] is None and second["label_maps"] is None and second["volume"] is None
+
+
+class Volumes(Dataset):
+    """Volumes of four slices, of which the one named ``bad`` breaks after its second slice until it is mended."""
+
+    name = "volumes"
+    tasks = ()
+    mended = False
+
+    def recognises(self, tree: Tree) -> bool:
+        return False
+
+    def classes(self, tree: Tree) -> ClassTable:
+        return ClassTable(())
+
+    def splits(self, tree: Tree) -> tuple[str, ...]:
+        return ()
+
+    def items(self, tree: Tree, splits: Sequence[str]) -> Iterator[PlanItem]:
+        return (PlanItem(v, f"/{v}.nii", "e", 1, rows=4, group_id=v) for v in ("first", "bad", "last"))
+
+    def read(self, item: PlanItem) -> Iterator[Sample]:
+        for i in range(4):
+            if item.sample_id == "bad" and i == 2 and not self.mended:
+                raise DataError("the file ends at slice 2", "copy it again", "truncated-volume", item.uri)
+            yield replace(SAMPLE, sample_id=item.row_id(i), image_uri=item.uri)
+
+
+def test_a_broken_volume_has_all_its_rows_and_is_redone_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volumes = Volumes()
+    monkeypatch.setattr(registry, "dataset", lambda name: volumes)
+    run = planned(tmp_path / "out", tmp_path, "volumes", shard_rows=8)
+    for outcome in ingested(run, ingest.IngestTask("volumes")):
+        run.record(outcome)
+    before = rows_of(tmp_path / "out")
+    assert [r["sample_id"] for r in before] == [f"{v}/{i:04d}" for v in ("first", "bad", "last") for i in range(4)]
+    assert [r["status"] for r in before] == ["ok"] * 6 + ["truncated-volume"] * 2 + ["ok"] * 4
+    assert {r["group_id"] for r in before} == {"first", "bad", "last"}
+    volumes.mended = True
+    (outcome,) = ingested(run, ingest.IngestTask("volumes"), list(run.failed()))
+    assert outcome.bad == 0 and [r["sample_id"] for r in rows_of(tmp_path / "out")] == [r["sample_id"] for r in before]
 
 
 def test_batches_close_by_rows_and_by_bytes() -> None:
     def sizes(image_bytes: int, count: int) -> list[int]:
-        row = ingest.Row(ITEM, image=bytes(image_bytes))
-        return [len(group) for group in ingest._grouped([row] * count)]
+        row = ingest.Row("a", ITEM, image=bytes(image_bytes))
+        return [len(group) for group in grouped([row] * count, ingest.SampleRows(CamVid(), False).weight)]
 
     assert sizes(10, 130) == [64, 64, 2] and sizes(20 << 20, 5) == [2, 2, 1] and sizes(1, 0) == []
 
@@ -270,7 +335,7 @@ def test_never_more_than_a_few_samples_are_read_ahead(tmp_path: Path) -> None:
     (shard,) = planned(tmp_path / "out", source, shard_rows=64).missing()
     journal = Recorder()
     worker = camvid_task(source).open(2, journal)
-    rows = worker._rows(shard, list(CamVid().items(str(source), ())), {})
+    rows = worker._rows(shard, list(CamVid().items(Tree.of(str(source)), ())), {})
     next(rows)
     assert isinstance(rows, Iterator) and len(journal.noted) <= 5
     worker.close()
@@ -279,7 +344,7 @@ def test_never_more_than_a_few_samples_are_read_ahead(tmp_path: Path) -> None:
 def test_real_camvid_validation_set(tmp_path: Path, shared_data: Any) -> None:
     source, out = shared_data("data/camvid"), tmp_path / "out"
     run = Run.open(str(out), "samples", "ingest", {})
-    run.plan(lambda: CamVid().items(str(source), ("val",)), PlanConfig(shard_rows=51))
+    run.plan(lambda: CamVid().items(Tree.of(str(source)), ("val",)), PlanConfig(shard_rows=51))
     assert sum(o.rows for o in ingested(run, camvid_task(source))) == 101
     scanned = pa.Table.from_batches(list(tables.scan(str(out), "samples", ["sample_id", "status", "class_pixels"])))
     listed = [Path(line.split()[0]).stem for line in (source / "val.txt").read_text().splitlines()]

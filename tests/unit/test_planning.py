@@ -149,7 +149,7 @@ def test_changed_vanished_new(tmp_path: Path) -> None:
     plan(tmp_path, [image(i) for i in range(12)])
     first = shards(tmp_path)
     now = [image(i, "2" if i == 1 else "1") for i in range(14) if i != 6]
-    assert preview(str(tmp_path), lambda: now, PlanConfig(shard_rows=4)) == planning.Preview(1, 2, 20, 2, 12)
+    assert preview(str(tmp_path), lambda: now, PlanConfig(shard_rows=4)) == planning.Preview(1, 2, 20, 2, 12, 1, 1)
     info = plan(tmp_path, now)
     assert info is not None and (info.rewrites, info.next_shard, info.rows) == ((0, 1), 4, 9)
     second = shards(tmp_path)

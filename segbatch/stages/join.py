@@ -9,6 +9,7 @@ group (at most 100 rows).
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from segbatch import storage, tables
 from segbatch.errors import SchemaError
 from segbatch.metrics.base import Row
-from segbatch.records import OK
+from segbatch.records import OK, PlanItem
 from segbatch.storage import ObjectInfo
 
 SOURCE_KEY = "segbatch.source"
@@ -183,3 +184,41 @@ def zipped(batch: pa.RecordBatch, rows: Iterator[Row]) -> list[Row] | None:
     taken = list(islice(rows, batch.num_rows))
     same = [r.text("sample_id") for r in taken] == batch.column("sample_id").to_pylist()
     return taken if same else None
+
+
+class Join:
+    """Masks with their samples, part by part; several threads may share it."""
+
+    def __init__(
+        self, samples: Sequence[ObjectInfo], sample_columns: Sequence[str], mask_columns: Sequence[str]
+    ) -> None:
+        """Remember the parts of the samples table; nothing is read yet."""
+        self._samples = list(samples)
+        self._sample_columns, self._mask_columns = sample_columns, mask_columns
+        self._lock = threading.Lock()
+        self._index: SampleIndex | None = None
+
+    def matched(self, item: PlanItem) -> Iterator[tuple[pa.RecordBatch, Sequence[Row | None]]]:
+        """Batches of an item's rows of a masks part, each row with its sample; None where the table lacks it."""
+        stop = item.row_start + item.rows
+        masks = tables.batches(item.uri, "masks", self._mask_columns, item.row_start, stop)
+        ranges = source_ranges(item.uri, self._samples, item.row_start)
+        if ranges is not None:
+            rows = walk(ranges, self._sample_columns)
+            for batch in masks:
+                together = zipped(batch, rows)
+                if together is None:  # the samples were written again in another order
+                    yield batch, self._joined(batch)
+                    break
+                yield batch, together
+        for block in blocks(masks):
+            yield block, self._joined(block)
+
+    def _joined(self, masks: pa.RecordBatch) -> list[Row | None]:
+        with self._lock:
+            if self._index is None:
+                self._index = SampleIndex(self._samples)
+            index = self._index
+        positions = index.positions(masks.column("sample_id").to_pylist())
+        found = index.rows(positions, self._sample_columns)
+        return [found.get(int(p)) for p in positions]

@@ -1,0 +1,198 @@
+"""The worker of verbs that read files item by item and write rows for each: ingest and import."""
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
+
+import pyarrow as pa
+
+from segbatch import schemas, storage, tables
+from segbatch.errors import DataError, StorageError
+from segbatch.records import OK, Outcome, PlanItem, ShardRef
+from segbatch.runs import Journal, commit, items_of
+
+QUARANTINED = "quarantined"
+"""Status of a sample that killed its process."""
+
+UNREADABLE = "unreadable"
+"""Status of a sample whose files the store does not give."""
+
+_BATCH_ROWS = 64
+_BATCH_BYTES = 32 << 20
+_IN_FLIGHT_PER_THREAD = 2
+
+R = TypeVar("R")
+
+
+class Rows(Protocol[R]):
+    """How items become rows ``R`` of a table."""
+
+    def read(self, item: PlanItem) -> Iterator[R]:
+        """The ``item.rows`` rows of an item, one after the other.
+
+        Raises:
+            DataError: it cannot be read from here on.
+        """
+        ...
+
+    def bad(self, item: PlanItem, error: DataError, index: int) -> R:
+        """The row ``index`` of an item, with the reason why it could not be read."""
+        ...
+
+    def batch(self, rows: Sequence[R]) -> pa.RecordBatch:
+        """Rows as a record batch of the table."""
+        ...
+
+    def weight(self, row: R) -> int:
+        """Bytes that a row holds, about."""
+        ...
+
+
+class ItemWorker(Generic[R]):
+    """Reads with ``threads`` threads, a few items ahead, and writes in plan order. See ``runs.Worker``."""
+
+    def __init__(self, source: Rows[R], threads: int, journal: Journal) -> None:
+        self._source = source
+        self._journal = journal
+        self._ahead = max(threads, 1) * _IN_FLIGHT_PER_THREAD
+        self._pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="read")
+        self._lock = threading.Lock()
+        self._rows_done = 0
+
+    @property
+    def rows_done(self) -> int:
+        """Rows finished so far, over all shards."""
+        return self._rows_done
+
+    def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
+        """Read every item of the shard and commit its part file; see ``runs.Worker``.
+
+        With mode ``retry`` good rows of the part that is there are copied, so that only bad items are read again.
+        """
+        started = time.perf_counter()
+        writer = tables.PartWriter(shard.table)
+        seconds = {"decode": 0.0, "encode": 0.0}
+        items = items_of(shard)
+        there = storage.stat(shard.uri) if shard.mode == "retry" else None
+        source = (
+            self._redone(shard, items, skip, seconds) if there is not None else self._fresh(shard, items, skip, seconds)
+        )
+        for batch in source:
+            began = time.perf_counter()
+            writer.write(batch)
+            seconds["encode"] += time.perf_counter() - began
+            with self._lock:
+                self._rows_done += batch.num_rows
+        basis = there.etag if there is not None else ""
+        return commit(shard, writer, {**seconds, "total": time.perf_counter() - started}, basis=basis)
+
+    def probe(self, shard: ShardRef, sample_id: str) -> None:
+        """Read one item and make its rows, without writing; see ``runs.Worker``."""
+        for item in items_of(shard):
+            if item.sample_id == sample_id:
+                for row in self._rows_of(shard, item, {}):
+                    self._source.batch([row])
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _fresh(
+        self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str], seconds: dict[str, float]
+    ) -> Iterator[pa.RecordBatch]:
+        rows = self._rows(shard, items, skip)
+        began = time.perf_counter()
+        for group in grouped(rows, self._source.weight):
+            read = time.perf_counter()
+            batch = self._source.batch(group)
+            seconds["decode"] += read - began
+            seconds["encode"] += time.perf_counter() - read
+            yield batch
+            began = time.perf_counter()
+
+    def _redone(
+        self, shard: ShardRef, items: Sequence[PlanItem], skip: Mapping[str, str], seconds: dict[str, float]
+    ) -> Iterator[pa.RecordBatch]:
+        """The part that is there, its bad items read again: all rows of a volume where one is bad."""
+        batches = tables.batches(shard.uri, shard.table, ("status",))
+        status = [s for batch in batches for s in batch.column("status").to_pylist()]
+        first = 0
+        for item, is_good in _judged(items, status):
+            if is_good:
+                last = first + sum(i.rows for i in item)
+                for batch in tables.batches(shard.uri, shard.table, None, first, last, _BATCH_ROWS):
+                    yield batch.select(schemas.TABLES[shard.table].names)
+            else:
+                yield from self._fresh(shard, item, skip, seconds)
+            first += sum(i.rows for i in item)
+
+    def _rows(self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str]) -> Iterator[R]:
+        """Rows in the order of ``items``; never more than a few samples are held, of a volume a slice at a time."""
+        waiting: deque[Future[list[R]]] = deque()
+        try:
+            for item in items:
+                if item.rows > 1:
+                    while waiting:
+                        yield from waiting.popleft().result()
+                    yield from self._rows_of(shard, item, skip)
+                    continue
+                waiting.append(self._pool.submit(self._row_list, shard, item, skip))
+                if len(waiting) >= self._ahead:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _row_list(self, shard: ShardRef, item: PlanItem, skip: Mapping[str, str]) -> list[R]:
+        return list(self._rows_of(shard, item, skip))
+
+    def _rows_of(self, shard: ShardRef, item: PlanItem, skip: Mapping[str, str]) -> Iterator[R]:
+        """The ``item.rows`` rows of an item, those that cannot be read with a reason."""
+        if item.sample_id in skip:
+            killer = DataError(skip[item.sample_id], code=QUARANTINED)
+            yield from (self._source.bad(item, killer, i) for i in range(item.rows))
+            return
+        slot = threading.current_thread().name
+        self._journal.note(slot, shard.number, [item.sample_id])
+        done = 0
+        try:
+            for row in self._source.read(item):
+                yield row
+                done += 1
+        except DataError as error:
+            yield from (self._source.bad(item, error, i) for i in range(done, item.rows))
+        except StorageError as error:
+            if error.retryable:
+                raise
+            unreadable = DataError(error.problem, error.fix, UNREADABLE)
+            yield from (self._source.bad(item, unreadable, i) for i in range(done, item.rows))
+        finally:
+            self._journal.clear(slot)
+
+
+def _judged(items: Sequence[PlanItem], status: Sequence[str]) -> Iterator[tuple[list[PlanItem], bool]]:
+    """Neighbours that are all good, or all have a bad row, in order."""
+    stop = itertools.accumulate(i.rows for i in items)
+    good = [all(s == OK for s in status[last - i.rows : last]) for i, last in zip(items, stop, strict=True)]
+    for is_good, members in itertools.groupby(zip(items, good, strict=True), key=lambda pair: pair[1]):
+        yield [item for item, _ in members], is_good
+
+
+def grouped(rows: Iterable[R], weight: Callable[[R], int]) -> Iterator[list[R]]:
+    """Rows in lists of at most 64 rows that are closed as soon as they hold 32 MB."""
+    group: list[R] = []
+    held = 0
+    for row in rows:
+        group.append(row)
+        held += weight(row)
+        if len(group) >= _BATCH_ROWS or held >= _BATCH_BYTES:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
