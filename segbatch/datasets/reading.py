@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segbatch import storage
+from segbatch.codecs import png
 from segbatch.errors import ConfigError, DataError, ObjectMissing
 from segbatch.records import ClassTable, Instance, Issue, PlanItem, Sample, Segment
 
@@ -113,6 +114,9 @@ def read_label(uri: str) -> NDArray[Any]:
         raise DataError(f"label map {uri} is not there", "add it or unlist the image", "missing-label", uri) from error
     if not data:
         raise DataError(f"label map {uri} is an empty file", "write it again", "empty-label", uri)
+    quick = png.decode_labels(data)
+    if quick is not None:
+        return quick
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _label_values(image, data, uri)
@@ -129,7 +133,8 @@ def _label_values(image: "Image.Image", data: bytes, uri: str) -> NDArray[Any]:
     if image.mode in ("1", "P"):
         return np.array(image, dtype=np.uint8)
     if image.mode == "L":
-        return np.array(image) // np.uint8(_grey_scale(data))
+        scale = _grey_scale(data)
+        return np.array(image) if scale == 1 else np.array(image) // np.uint8(scale)
     if image.mode in ("I;16", "I;16B", "I"):
         return np.array(image).astype(np.uint16)
     if image.mode in ("RGB", "RGBA"):
@@ -167,6 +172,8 @@ def check_ids(label: NDArray[Any], known: NDArray[np.bool_], uri: str) -> None:
     Raises:
         DataError: ``unknown-label`` with the first such id, where it stands and how many pixels there are.
     """
+    if known[: int(label.max(initial=0)) + 1].all():
+        return
     good = known[label]
     if good.all():
         return

@@ -1,7 +1,11 @@
-"""The engine without Ray: one worker in this process, shard after shard. For tests and tiny jobs."""
+"""The engine without Ray: one worker in this process, fed from two threads. For tests and small jobs."""
 
+import contextlib
+import itertools
 import os
+from collections import deque
 from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from segbatch.config import EngineConfig
 from segbatch.engine.base import Control, Failures, as_ours, worth_repeating
@@ -9,6 +13,9 @@ from segbatch.engine.journal import NullJournal
 from segbatch.errors import StoppedError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task, Worker, committed
+
+_SHARDS_AT_A_TIME = 2
+_TICK_S = 0.5
 
 
 class InlineEngine:
@@ -24,24 +31,45 @@ class InlineEngine:
         """Nothing to leave."""
 
     def map(self, task: Task, shards: Iterable[ShardRef], control: Control) -> Generator[Outcome]:
-        """Work on the shards one after the other; the worker is opened with the first."""
-        worker: Worker | None = None
+        """Two shards at a time, so that one is read while the other is committed; outcomes in the shards' order."""
+        stream = iter(shards)
+        first = next(stream, None)
+        if first is None:
+            return
+        _check_stop(control)
+        worker = task.open(self._config.threads or os.cpu_count() or 1, NullJournal())
         failures = Failures(self._config.attempts)
-        try:
-            for shard in shards:
-                if control.stop.is_set():
-                    raise StoppedError("stopped before the end", "run the same command again to go on")
-                if worker is None:
-                    worker = task.open(self._config.threads or os.cpu_count() or 1, NullJournal())
-                    control.on_ready()
-                outcome = _run(worker, shard, control, failures)
-                if outcome is not None:
-                    yield outcome
-                control.on_rows(worker.rows_done)
-        finally:
-            if worker is not None:
-                worker.close()
+        waiting: deque[Future[Outcome | None]] = deque()
+        with contextlib.closing(worker), ThreadPoolExecutor(_SHARDS_AT_A_TIME, "shard") as pool:
+            control.on_ready()
+            try:
+                for shard in itertools.chain([first], stream):
+                    _check_stop(control)
+                    waiting.append(pool.submit(_run, worker, shard, control, failures))
+                    if len(waiting) >= _SHARDS_AT_A_TIME:
+                        yield from _finished(waiting.popleft(), worker, control)
+                while waiting:
+                    yield from _finished(waiting.popleft(), worker, control)
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
         failures.check()
+
+
+def _check_stop(control: Control) -> None:
+    if control.stop.is_set():
+        raise StoppedError("stopped before the end", "run the same command again to go on")
+
+
+def _finished(future: Future[Outcome | None], worker: Worker, control: Control) -> Generator[Outcome]:
+    """Wait for a shard in short steps, so that progress shows."""
+    while not wait([future], _TICK_S).done:
+        control.on_rows(worker.rows_done)
+    outcome = future.result()
+    control.on_rows(worker.rows_done)
+    if outcome is not None:
+        yield outcome
 
 
 def _run(worker: Worker, shard: ShardRef, control: Control, failures: Failures) -> Outcome | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -72,13 +71,13 @@ def row_of(item: PlanItem, sample: Sample) -> Row:
     )
 
 
-def _runs(label_map: NDArray[np.uint16] | None) -> Runs | None:
+def _runs(label_map: NDArray[Any] | None) -> Runs | None:
     return None if label_map is None else runlength.encode(label_map)
 
 
 def _check_grid(sample: Sample, uri: str) -> None:
     size = (sample.height, sample.width)
-    maps = {"label map": sample.semantic, "panoptic map": sample.panoptic, **sample.label_maps}
+    maps: dict[str, NDArray[Any] | None] = {"label map": sample.semantic, "panoptic map": sample.panoptic, **sample.label_maps}
     for name, found in maps.items():
         if found is not None and found.shape != size:
             problem = f"{sample.sample_id}: the {name} is {found.shape}, the photo {size} (height, width)"

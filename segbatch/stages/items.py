@@ -14,6 +14,7 @@ from segbatch import schemas, storage, tables
 from segbatch.errors import DataError, StorageError
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.runs import Journal, commit, items_of
+from segbatch.stages.allocator import keep_freed_pages
 
 QUARANTINED = "quarantined"
 """Status of a sample that killed its process."""
@@ -23,7 +24,8 @@ UNREADABLE = "unreadable"
 
 _BATCH_ROWS = 64
 _BATCH_BYTES = 32 << 20
-_IN_FLIGHT_PER_THREAD = 2
+_AHEAD_PER_THREAD = 2
+_AHEAD_BYTES = 32 << 20
 
 R = TypeVar("R")
 
@@ -56,9 +58,10 @@ class ItemWorker(Generic[R]):
     """Reads with ``threads`` threads, a few items ahead, and writes in plan order. See ``runs.Worker``."""
 
     def __init__(self, source: Rows[R], threads: int, journal: Journal) -> None:
+        keep_freed_pages()
         self._source = source
         self._journal = journal
-        self._ahead = max(threads, 1) * _IN_FLIGHT_PER_THREAD
+        self._ahead = max(threads, 1) * _AHEAD_PER_THREAD
         self._pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="read")
         self._lock = threading.Lock()
         self._rows_done = 0
@@ -131,22 +134,27 @@ class ItemWorker(Generic[R]):
             first += sum(i.rows for i in item)
 
     def _rows(self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str]) -> Iterator[R]:
-        """Rows in the order of ``items``; never more than a few samples are held, of a volume a slice at a time."""
-        waiting: deque[Future[list[R]]] = deque()
+        """Rows in the order of ``items``.
+
+        Read ahead are 32 MB, but at least two items a thread; of a volume there is one slice at a time.
+        """
+        waiting: deque[tuple[Future[list[R]], int]] = deque()
+        held = 0
         try:
             for item in items:
+                while waiting and (item.rows > 1 or (len(waiting) >= self._ahead and held >= _AHEAD_BYTES)):
+                    rows, size = waiting.popleft()
+                    held -= size
+                    yield from rows.result()
                 if item.rows > 1:
-                    while waiting:
-                        yield from waiting.popleft().result()
                     yield from self._rows_of(shard, item, skip)
-                    continue
-                waiting.append(self._pool.submit(self._row_list, shard, item, skip))
-                if len(waiting) >= self._ahead:
-                    yield from waiting.popleft().result()
+                else:
+                    waiting.append((self._pool.submit(self._row_list, shard, item, skip), item.bytes))
+                    held += item.bytes
             while waiting:
-                yield from waiting.popleft().result()
+                yield from waiting.popleft()[0].result()
         finally:
-            for future in waiting:
+            for future, _ in waiting:
                 future.cancel()
 
     def _row_list(self, shard: ShardRef, item: PlanItem, skip: Mapping[str, str]) -> list[R]:

@@ -20,7 +20,7 @@ from segbatch.errors import ConfigError, IncompleteRunError, SchemaError
 from segbatch.records import ClassInfo, ClassTable, Outcome
 from segbatch.runs import Run
 from segbatch.stages import evaluate
-from segbatch.stages import evaluate_join as join
+from segbatch.stages import join
 
 Map = NDArray[np.uint16]
 

@@ -189,7 +189,7 @@ def test_malformed_runs_are_refused() -> None:
 
 
 def test_first_calls_from_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_built", {})
+    monkeypatch.setattr(kernels.KERNELS, "_built", {})
     maps = [np.repeat(np.arange(50, dtype=t), 13 + i) for i, t in enumerate([np.uint8, np.uint16] * 8)]
 
     def there_and_back(label_map: NDArray[Any]) -> bool:
@@ -205,7 +205,7 @@ def test_it_works_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch)
     from numba.core.caching import CacheImpl
 
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    monkeypatch.setattr(kernels, "_built", {})
+    monkeypatch.setattr(kernels.KERNELS, "_built", {})
     runs = Runs(np.array([1, 2, 1], np.uint16), np.array([1, 2, 3], np.uint32))
     assert joined(runlength.class_pixels(runs)) == [(1, 4), (2, 2)]
 
