@@ -187,6 +187,14 @@ def checked_png(data: bytes) -> bytes:
     return b"".join(parts)
 
 
+def png_is_whole(data: bytes) -> bool:
+    """Whether the chunks go on to the last one, within the file; checksums are not looked at."""
+    name, stop = b"", 0
+    for name, _, stop in _png_chunks(data):  # noqa: B007
+        pass
+    return name == b"IEND" and stop + 4 <= len(data)
+
+
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(name, first byte, end) of every chunk up to IEND, or up to where the file stops."""
     position = 8

@@ -82,6 +82,21 @@ def probe(data: bytes, uri: str = "") -> PhotoInfo:
         return _info(kind, data) if kind in ("jpeg", "png") else _pillow_info(kind, _open(kind, data))
 
 
+def inspect(data: bytes, uri: str = "") -> PhotoInfo:
+    """Read the header, and look whether a JPEG or PNG reaches its end; the pixels are not decoded.
+
+    Raises:
+        DataError: as ``probe``; ``truncated`` also where the end is missing.
+    """
+    info = probe(data, uri)
+    with _naming(uri):
+        if info.format == "jpeg" and data.rfind(b"\xff\xd9", headers.jpeg_header(data).pixels_at) < 0:
+            headers.truncated("JPEG", data)
+        if info.format == "png" and not headers.png_is_whole(data):
+            headers.truncated("PNG", data)
+    return info
+
+
 def decode(data: bytes, uri: str = "", max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], PhotoInfo]:
     """Decode a photo on its stored grid; ``upright`` turns it as the EXIF orientation wants.
 

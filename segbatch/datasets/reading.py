@@ -81,16 +81,16 @@ def read_photo(uri: str) -> tuple[bytes, "PhotoInfo"]:
     """A photo's original bytes and what its header says.
 
     Raises:
-        DataError: ``missing-image``, or what ``codecs.photo.probe`` finds wrong.
+        DataError: ``missing-image``, or what ``codecs.photo.inspect`` finds wrong.
         TransientStorageError: the store failed in a way that may pass.
     """
-    from segbatch.codecs.photo import probe
+    from segbatch.codecs.photo import inspect
 
     try:
         data = storage.read_bytes(uri)
     except ObjectMissing as error:
         raise DataError(f"image {uri} is not there", "restore the file or unlist it", "missing-image", uri) from error
-    return data, probe(data, uri)
+    return data, inspect(data, uri)
 
 
 def read_label(uri: str) -> NDArray[Any]:
@@ -221,7 +221,7 @@ def panoptic_of(
     """The index map of a segment-id map.
 
     Args:
-        id_map: integers of shape (height, width): the official segment ids.
+        id_map: unsigned integers below 2^24 of shape (height, width): the official segment ids.
         segments: as listed by the annotation, in its order.
         uri: of the map, for messages.
         void: the id of pixels without segment.
@@ -235,23 +235,24 @@ def panoptic_of(
             an index map can hold (65,535).
     """
     listed = np.array([s.id for s in segments], np.int64)
-    order = np.argsort(listed, kind="stable")
-    ordered = listed[order]
-    if len(ordered) > np.iinfo(np.uint16).max:
-        raise DataError(f"{uri} lists {len(ordered)} segments, more than 65,535", "merge some", "bad-panoptic", uri)
-    if (ordered[1:] == ordered[:-1]).any():
-        twice = int(ordered[1:][ordered[1:] == ordered[:-1]][0])
-        raise DataError(f"the segment {twice} of {uri} is listed twice", "list it once", "duplicate-segment", uri)
-    values, inverse = np.unique(id_map, return_inverse=True)
-    place = np.minimum(np.searchsorted(ordered, values), max(len(ordered) - 1, 0))
-    known = ordered[place] == values if len(ordered) else np.zeros(len(values), bool)
-    strange = values[~known & (values != void)]
+    if len(listed) > np.iinfo(np.uint16).max:
+        raise DataError(f"{uri} lists {len(listed)} segments, more than 65,535", "merge some", "bad-panoptic", uri)
+    ids, times = np.unique(listed, return_counts=True)
+    if (times > 1).any():
+        problem = f"the segment {ids[times > 1][0]} of {uri} is listed twice"
+        raise DataError(problem, "list it once", "duplicate-segment", uri)
+    greatest = int(id_map.max(initial=0))  # RGB maps: below 2**24, so that the tables stay small
+    shown = np.zeros(greatest + 1, np.bool_)
+    shown[id_map] = True
+    index = np.zeros(greatest + 1, np.uint16)
+    inside = (listed >= 0) & (listed <= greatest) & (listed != void)
+    index[listed[inside]] = np.flatnonzero(inside) + 1
+    strange = np.flatnonzero(shown & (index == 0))
+    strange = strange[strange != void]
     if len(strange):
         pixels = int((id_map == strange[0]).sum())
-        problem = f"{uri} shows the segment {int(strange[0])} ({pixels} pixels), which is not listed"
+        problem = f"{uri} shows the segment {strange[0]} ({pixels} pixels), which is not listed"
         raise DataError(problem, "list it in segments_info, or paint it void", "unknown-segment", uri)
-    index = np.where(known & (values != void), order[place] + 1 if len(ordered) else 0, 0).astype(np.uint16)
-    shown = set(values.tolist())
-    empty = [s.id for s in segments if s.id not in shown]
+    empty = [s.id for s in segments if not 0 <= s.id <= greatest or not shown[s.id]]
     issues = tuple(Issue("empty-segment", f"the segment {i} of {uri} has no pixels", i) for i in empty)
-    return index[inverse].reshape(id_map.shape), tuple(segments), issues
+    return index[id_map], tuple(segments), issues

@@ -101,7 +101,9 @@ class _Source:
             if labels.text("status") != OK or sample.text("status") != OK:
                 self._skip(sample_id, labels.text("status") if labels.text("status") != OK else sample.text("status"))
             elif not labels.column(self._column)[labels.index].is_valid:
-                raise ConfigError(f"{sample_id} has no {self._column}", f"format {self._name} needs them")
+                if self._masks:
+                    raise ConfigError(f"{sample_id} has no {self._column}", f"format {self._name} needs them")
+                self._skip(sample_id, f"it has no {self._column}")
             else:
                 self.written += 1
                 yield labels_of(labels, sample, is_truth=not self._masks)

@@ -94,7 +94,7 @@ def bad_row(item: PlanItem, error: DataError, index: int = 0) -> Row:
         return row
     try:
         data = storage.read_bytes(item.uri)
-        info = photo.probe(data, item.uri)
+        info = photo.inspect(data, item.uri)
     except (DataError, StorageError) as second:
         if second.retryable:
             raise

@@ -90,7 +90,7 @@ def test_equal_to_pillow(kind: str, mode: str, options: dict[str, Any]) -> None:
     assert rgb.shape == (HEIGHT, WIDTH, 3)
     assert rgb.flags.c_contiguous and rgb.flags.writeable
     np.testing.assert_array_equal(rgb, by_pillow(data))
-    assert info == photo.probe(data)
+    assert info == photo.probe(data) == photo.inspect(data)
     assert (info.format, info.height, info.width, info.exif_orientation) == (kind.lower(), HEIGHT, WIDTH, 1)
     if kind == "PNG":
         assert info.channels == len(image.getbands())
@@ -151,7 +151,7 @@ def test_the_stored_grid_and_the_upright_view(kind: str, orientation: int) -> No
     exif[0x0112] = orientation
     data = encoded(picture(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     rgb, info = photo.decode(data)
-    assert info == photo.probe(data)
+    assert info == photo.probe(data) == photo.inspect(data)
     assert (info.exif_orientation, info.height, info.width) == (orientation, HEIGHT, WIDTH)
     plain = encoded(picture(), "JPEG" if kind == "JPEG" else "PNG")
     np.testing.assert_array_equal(rgb, photo.decode(plain)[0])
@@ -285,3 +285,13 @@ def test_bombs_are_refused_before_decoding() -> None:
     frame = gif.index(b",\0\0\0\0", 13)
     gif[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # a frame of 65,535 x 65,535 in a small GIF
     assert code_of(bytes(gif)) == "too-large"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_file_without_its_end_is_found_without_decoding_it(kind: str) -> None:
+    data = encoded(Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)), kind)
+    photo.inspect(data + b"\0" * 20)
+    for stop in range(len(data) - 1, len(data) // 2, -7):
+        with pytest.raises(DataError) as caught:
+            photo.inspect(data[:stop], "u")
+        assert caught.value.code == "truncated" and caught.value.uri == "u"

@@ -1,0 +1,49 @@
+"""Tables of the README that follow from the registries. ``python tests/readme_tables.py`` writes them."""
+
+import re
+import sys
+from pathlib import Path
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def datasets() -> str:
+    """Dataset x task x splits x formats x protocol."""
+    from segbatch.datasets import registry
+    from segbatch.metrics import registry as metrics
+
+    lines = ["| dataset | tasks | official splits | `segbatch export` | protocol |", "|---|---|---|---|---|"]
+    for name in sorted(registry.BUILT_IN):
+        found = registry.dataset(name)
+        formats = ", ".join(f"`{f}`" for f in found.formats)
+        protocol = f"`{metrics.default_protocol(name)}`" if "semantic" in found.tasks else ""
+        cells = [f"`{name}`", ", ".join(found.tasks), ", ".join(found.official_splits), formats, protocol]
+        lines.append("| " + " | ".join(c or "–" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def formats() -> str:
+    """Format x task x what it is x whether it can be imported."""
+    from segbatch.formats import registry
+
+    lines = ["| format | task | import | what it is |", "|---|---|---|---|"]
+    for name in sorted(registry.BUILT_IN):
+        found = registry.format_of(name)
+        summary = " ".join((found.__doc__ or "").split("\n\n")[0].split()).rstrip(".").replace("|", "\\|")
+        lines.append(f"| `{name}` | {found.task} | {'yes' if found.can_import else 'no'} | {summary} |")
+    return "\n".join(lines)
+
+
+def up_to_date(text: str) -> str:
+    """The README with its tables made anew."""
+    for name, table in (("datasets", datasets()), ("formats", formats())):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+        text = pattern.sub(lambda m, table=table: m[1] + table + m[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(README.parent))
+    README.write_text(up_to_date(README.read_text()))
