@@ -355,8 +355,7 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
 def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, failed: bool = False) -> RunResult:
     """Open the root, plan what is new, do what is missing (or redo what failed), finish."""
     is_new = Run(job.out, job.table).document() is None
-    if is_new and next(iter(job.listing()), None) is None:  # a wrong input must not claim the root
-        raise ConfigError(f"segbatch {job.verb}: the input holds no image that is selected", "check the selection")
+    listing = _begun(job) if is_new else job.listing  # a wrong input must not claim the root
     run = Run.open(job.out, job.table, job.verb, job.config)
     plan = options.plan.model_copy(update={"shard_rows": 2**31}) if job.unsplit else options.plan
     if failed:
@@ -364,7 +363,7 @@ def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, faile
         rounds = iter([list(run.failed())])
     else:
         limited = not job.complete and bool(run.plans())  # the first so many were chosen then
-        adopted = limited or run.plan(job.listing, plan, job.complete, job.grouped) is None
+        adopted = limited or run.plan(listing, plan, job.complete, job.grouped) is None
         rounds = _rounds(run, adopted)
     if not storage.exists(tables.service(run.root, "dataset.json")):
         tables.write_dataset_info(run.root, job.info())
@@ -380,6 +379,20 @@ def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, faile
         raise StoppedError(f"stopped after segbatch {job.verb} was done", "run the same command again to go on")
     _check_bad(state, limits)
     return RunResult(state, rows, seconds, start)
+
+
+def _begun(job: Job) -> Callable[[], Iterable[PlanItem]]:
+    """The job's listing, its first item already seen: a listing may cost a large annotation file.
+
+    Raises:
+        ConfigError: it is empty, or what the listing raises.
+    """
+    stream = iter(job.listing())
+    first = next(stream, None)
+    if first is None:
+        raise ConfigError(f"segbatch {job.verb}: the input holds no image that is selected", "check the selection")
+    begun = [itertools.chain((first,), stream)]
+    return lambda: begun.pop() if begun else job.listing()
 
 
 def _rounds(run: Run, adopted: bool) -> Iterator[list[ShardRef]]:

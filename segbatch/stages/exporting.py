@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from segbatch import storage, tables
-from segbatch.codecs import columns, runlength
+from segbatch.codecs import columns, rle, runlength
 from segbatch.errors import ConfigError, DataError, IncompleteRunError
 from segbatch.formats.base import Format, Labels
 from segbatch.metrics.base import Row
@@ -75,6 +75,8 @@ def export(form: Format, masks: str, samples: str, out: str, threads: int, skip_
     source = _Source(form, masks, samples, skip_bad)
     folder = Folder(out, threads)
     form.write(source.rows(), tables.class_table(tables.root_of(samples, "samples")), folder)
+    if source.skipped and not source.written:
+        raise ConfigError(f"{masks} has no row that format {form.name} can hold", f"the first: {source.first_skipped}")
     return Exported(source.written, folder.files, folder.bytes, source.skipped)
 
 
@@ -90,30 +92,48 @@ class _Source:
             raise ConfigError(f"{masks} has no masks table", "give masks, or the samples twice for their ground truth")
         self._skip_bad = skip_bad
         self.written = self.skipped = 0
+        self.first_skipped = ""
 
     def rows(self) -> Iterator[Labels]:
         """Good rows, decoded."""
         for labels, sample in self._pairs():
-            if labels is None or sample is None:
-                self._skip("a row of the masks" if sample is None else sample.text("sample_id") or "", "no sample")
-                continue
-            sample_id = sample.text("sample_id") or ""
-            if labels.text("status") != OK or sample.text("status") != OK:
-                self._skip(sample_id, labels.text("status") if labels.text("status") != OK else sample.text("status"))
-            elif not labels.column(self._column)[labels.index].is_valid:
-                if self._masks:
-                    raise ConfigError(f"{sample_id} has no {self._column}", f"format {self._name} needs them")
-                self._skip(sample_id, f"it has no {self._column}")
-            else:
-                self.written += 1
-                yield labels_of(labels, sample, is_truth=not self._masks)
+            reason = self._reason(labels, sample)
+            if not reason and sample is not None:
+                try:
+                    found = labels_of(labels, sample, is_truth=not self._masks)
+                except ValueError as error:
+                    reason = f"its mask is not of the photo's size: {error}"
+                else:
+                    self.written += 1
+                    yield found
+                    continue
+            self._skip(labels.text("sample_id") or "", reason)
 
-    def _skip(self, sample_id: str, reason: str | None) -> None:
+    def _reason(self, labels: Row, sample: Row | None) -> str:
+        """Why a row is bad; empty for a good one.
+
+        Raises:
+            ConfigError: a prediction of another task.
+        """
+        if sample is None:
+            return "there is no such sample"
+        status = next((s for s in (labels.text("status"), sample.text("status")) if s != OK), None)
+        if status is not None:
+            return status
+        if labels.column(self._column)[labels.index].is_valid:
+            return ""
+        if self._masks:
+            raise ConfigError(f"{labels.text('sample_id')} has no {self._column}", f"format {self._name} needs them")
+        return f"it has no {self._column}"
+
+    def _skip(self, sample_id: str, reason: str) -> None:
         if not self._skip_bad:
             raise IncompleteRunError(f"{sample_id} cannot be exported: {reason}", "mend it, or say --missing skip")
         self.skipped += 1
+        self.first_skipped = self.first_skipped or f"{sample_id}: {reason}"
 
-    def _pairs(self) -> Iterator[tuple[Row | None, Row | None]]:
+    def _pairs(self) -> Iterator[tuple[Row, Row | None]]:
+        """Every row with its sample; None where there is none."""
         parts = tables.parts(self._samples)
         if not self._masks:
             for part in parts:
@@ -129,7 +149,11 @@ class _Source:
 
 
 def labels_of(labels: Row, sample: Row, is_truth: bool) -> Labels:
-    """A row of masks (or samples) with its sample, decoded."""
+    """A row of masks (or samples) with its sample, decoded.
+
+    Raises:
+        ValueError: a map or mask is not of the sample's size.
+    """
     height, width = sample.number("height") or 0, sample.number("width") or 0
     has_maps = "label_maps" in labels.batch.schema.names
     maps = columns.label_maps_at(labels.column("label_maps"), labels.index) if has_maps else {}
@@ -138,6 +162,8 @@ def labels_of(labels: Row, sample: Row, is_truth: bool) -> Labels:
     volume = _value(sample, "volume")
     semantic = columns.runs_at(labels.column("semantic"), labels.index)
     panoptic = columns.runs_at(labels.column("panoptic"), labels.index)
+    for instance in instances or ():
+        rle.check(instance["counts"], height, width)
     return Labels(
         sample_id=sample.text("sample_id") or "",
         image_uri=sample.text("image_uri") or "",

@@ -1,8 +1,9 @@
 """Import: other people's predictions as rows of the masks table, one for every sample, in the samples' order."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,40 +13,61 @@ from numpy.typing import NDArray
 from segbatch import tables
 from segbatch.codecs import rle, runlength
 from segbatch.datasets.reading import detail_of
-from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, DataError
 from segbatch.formats import registry
 from segbatch.formats.base import Format, SampleRef
+from segbatch.formats.files import tree_of
 from segbatch.records import OK, PlanItem, Prediction
 from segbatch.runs import Journal
 from segbatch.stages.items import ItemWorker
 from segbatch.stages.mask_rows import MaskRow, masks_batch
 
+_FIRST_SLICE = "/0000"
 _COLUMNS = ("sample_id", "group_id", "split", "image_uri", "etag", "height", "width", "attributes", "volume", "status")
 
 
-def sample_refs(samples: str) -> Iterator[SampleRef]:
-    """Every good sample without its pixels, in the order of the table; a volume once, with the number of its slices."""
+def sample_refs(samples: str) -> Iterator[tuple[SampleRef, bool]]:
+    """Every sample without its pixels, in the order of the table, and whether it is good.
+
+    A volume comes once, with the number of its slices; it is good where its first slice is. Bad samples come too, so
+    that predictions for them are not taken for those of other images; their sizes may be 0.
+    """
+    volume_id = ""
     for batch in tables.scan(samples, "samples", _COLUMNS):
         for row in batch.to_pylist():
-            volume = row["volume"]
-            if row["status"] != OK or (volume is not None and volume["index"]):
-                continue
-            yield SampleRef(
-                sample_id=row["group_id"] if volume is not None and volume["slices"] > 1 else row["sample_id"],
-                image_uri=row["image_uri"],
-                etag=row["etag"],
-                height=row["height"],
-                width=row["width"],
-                group_id=row["group_id"] or "",
-                split=row["split"] or "",
-                attributes=json.loads(row["attributes"] or "{}"),
-                rows=volume["slices"] if volume is not None else 1,
+            sample_id, volume = row["sample_id"], row["volume"]
+            slices = volume["slices"] if volume is not None else 1
+            if volume_id and sample_id.startswith(f"{volume_id}/"):
+                continue  # a further slice
+            volume_id = sample_id.removesuffix(_FIRST_SLICE) if _is_first_slice(row) else ""
+            yield (
+                SampleRef(
+                    sample_id=volume_id or sample_id,
+                    image_uri=row["image_uri"],
+                    etag=row["etag"],
+                    height=row["height"] or 0,
+                    width=row["width"] or 0,
+                    group_id=row["group_id"] or "",
+                    split=row["split"] or "",
+                    attributes=json.loads(row["attributes"] or "{}"),
+                    rows=slices,
+                ),
+                row["status"] == OK,
             )
 
 
+def _is_first_slice(row: Mapping[str, Any]) -> bool:
+    """Whether a row begins a volume of several slices; a bad one is known by its id alone."""
+    if row["volume"] is not None:
+        return bool(row["volume"]["slices"] > 1)
+    return bool(row["status"] != OK and row["sample_id"] == f"{row['group_id']}{_FIRST_SLICE}")
+
+
 def items(form: str, files: str, samples: str) -> Iterator[PlanItem]:
-    """One item per sample; see ``formats.base.Format.items``.
+    """One item per good sample; see ``formats.base.Format.items``.
+
+    All items are made before the first is given, and wait in a temporary file: what is wrong with the predictions as
+    a whole comes to light before a run is begun.
 
     Raises:
         ConfigError: an unknown format, one that cannot be imported, or files that are not of it.
@@ -53,10 +75,25 @@ def items(form: str, files: str, samples: str) -> Iterator[PlanItem]:
     found = registry.format_of(form)
     if not found.can_import:
         raise ConfigError(f"format {form} cannot be imported", "it says too little of the masks")
-    tree = Tree.of(files)
+    tree = tree_of(files)
     if not tree.exists(""):
         raise ConfigError(f"{files} does not exist", "give the file or folder of the predictions")
-    return found.items(tree, sample_refs(samples), tables.class_table(tables.root_of(samples, "samples")))
+    classes = tables.class_table(tables.root_of(samples, "samples"))
+    bad: set[str] = set()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as waiting:
+        for item in found.items(tree, _noting_bad(samples, bad), classes):
+            if item.sample_id not in bad:
+                waiting.write(f"{json.dumps(asdict(item))}\n")
+        waiting.seek(0)
+        yield from (PlanItem(**json.loads(line)) for line in waiting)
+
+
+def _noting_bad(samples: str, bad: set[str]) -> Iterator[SampleRef]:
+    """Every sample; the ids of the bad ones go into ``bad``."""
+    for sample, is_good in sample_refs(samples):
+        if not is_good:
+            bad.add(sample.sample_id)
+        yield sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +155,9 @@ def _row(item: PlanItem, index: int, prediction: Prediction) -> MaskRow:
         except ValueError as error:
             problem = f"instance {instance.id} of {item.sample_id} in {item.uri} is not of the image's size: {error}"
             raise DataError(problem, "write masks on the photo's own grid", "size-mismatch", item.uri) from error
+    if prediction.panoptic is not None and prediction.panoptic.max(initial=0) > len(prediction.segments or ()):
+        problem = f"the panoptic map of {item.uri} shows more segments than are listed"
+        raise DataError(problem, "list every segment", "bad-panoptic", item.uri)
     return MaskRow(
         **known,
         semantic=None if prediction.semantic is None else runlength.encode(prediction.semantic),

@@ -77,7 +77,11 @@ def _runs(label_map: NDArray[Any] | None) -> Runs | None:
 
 def _check_grid(sample: Sample, uri: str) -> None:
     size = (sample.height, sample.width)
-    maps: dict[str, NDArray[Any] | None] = {"label map": sample.semantic, "panoptic map": sample.panoptic, **sample.label_maps}
+    maps: dict[str, NDArray[Any] | None] = {
+        "label map": sample.semantic,
+        "panoptic map": sample.panoptic,
+        **sample.label_maps,
+    }
     for name, found in maps.items():
         if found is not None and found.shape != size:
             problem = f"{sample.sample_id}: the {name} is {found.shape}, the photo {size} (height, width)"

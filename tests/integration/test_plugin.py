@@ -44,7 +44,8 @@ def segbatch(environment: dict[str, str], *arguments: str) -> subprocess.Complet
 
 def test_it_is_listed_recognised_and_ingested(environment: dict[str, str], tmp_path: Path) -> None:
     listed = json.loads(segbatch(environment, "datasets", "--json").stdout)
-    assert [d["summary"] for d in listed if d["name"] == "oxford-pets"][0].startswith("Oxford-IIIT Pet: images/")
+    summary = next(d["summary"] for d in listed if d["name"] == "oxford-pets")
+    assert summary.startswith("Oxford-IIIT Pet: images/")
     done = segbatch(environment, "ingest", "auto", str(pets(tmp_path / "pets")), str(tmp_path / "out"))
     assert done.returncode == 3 and "looks like oxford-pets" in done.stderr and "missing-label" in done.stderr
     sql = "SELECT sample_id, split, status, len(semantic) > 0 AS labelled FROM samples ORDER BY 1"

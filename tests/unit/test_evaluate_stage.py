@@ -19,8 +19,7 @@ from segbatch.config import PlanConfig
 from segbatch.errors import ConfigError, IncompleteRunError, SchemaError
 from segbatch.records import ClassInfo, ClassTable, Outcome
 from segbatch.runs import Run
-from segbatch.stages import evaluate
-from segbatch.stages import join
+from segbatch.stages import evaluate, join
 
 Map = NDArray[np.uint16]
 
