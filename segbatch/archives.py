@@ -52,8 +52,8 @@ OPEN_ARCHIVES = 8
 """How many archives a process keeps open."""
 
 _SUFFIX = r"\.(?:zip|tar|tar\.gz|tgz|tar\.(?:bz2|xz|zst|lz4|Z)|tbz2?|txz|tzst|7z|rar)"
-_IS_ARCHIVE = re.compile(rf"{_SUFFIX}(?:\?[^!]*)?$", re.IGNORECASE)
-_MEMBER = re.compile(rf"(?P<archive>.+?{_SUFFIX}(?:\?[^!]*)?)!(?:/(?P<path>.*))?$", re.IGNORECASE | re.DOTALL)
+_IS_ARCHIVE = re.compile(rf"{_SUFFIX}(?:\?[^!]*)?\Z", re.IGNORECASE)
+_MEMBER = re.compile(rf"(?P<archive>.+?{_SUFFIX}(?:\?[^!]*)?)!(?:/(?P<path>.*))?\Z", re.IGNORECASE | re.DOTALL)
 
 _REFUSED = (
     (b"BZh", "bzip2"),
@@ -64,8 +64,8 @@ _REFUSED = (
     (b"7z\xbc\xaf\x27\x1c", "7-Zip"),
     (b"Rar!\x1a\x07", "RAR"),
 )
-_OUTSIDE = re.compile(r"[\\\x00]|^/|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)")
-_LOOSE = re.compile(r"//|(?:^|/)\.(?:/|$)|/$")
+_OUTSIDE = re.compile(r"[\\\x00]|^/|^[A-Za-z]:|(?:^|/)\.\.(?:/|\Z)")
+_LOOSE = re.compile(r"//|(?:^|/)\.(?:/|\Z)|/\Z")
 _MAX_DEPTH = 100
 
 _DOWNLOAD_AGAIN = "download it again, and compare its size or checksum with the publisher's"
@@ -152,11 +152,13 @@ def split(uri: str) -> tuple[str, str] | None:
 
 
 def address(archive: str, path: str = "") -> str:
-    """Canonical address of a path in an archive: ``ARCHIVE!/`` for the root, without a slash at the end for others.
+    """Address of a path in an archive, which is canonical if the path is; ``ARCHIVE!/`` for the root."""
+    return f"{archive}!/{path}"
 
-    ``..`` does not lead out of the root.
-    """
-    return f"{archive}!/{posixpath.normpath('/' + path).lstrip('/')}"
+
+def normal(path: str) -> str:
+    """A path inside an archive without ``.`` and double slashes; ``..`` does not lead out of the root."""
+    return posixpath.normpath(f"/{path}").lstrip("/")
 
 
 # -- readers ---------------------------------------------------------------------------------------------------------
@@ -211,10 +213,10 @@ class Window(io.RawIOBase):
 
 
 class _Guarded(io.RawIOBase):
-    """A file of ``zipfile`` whose errors are ours."""
+    """A file of ``zipfile`` whose errors are ours, and which may not end early."""
 
-    def __init__(self, inner: IO[bytes], uri: str) -> None:
-        self._inner, self._uri = inner, uri
+    def __init__(self, inner: IO[bytes], uri: str, size: int) -> None:
+        self._inner, self._uri, self._size = inner, uri, size
 
     def _guard(self, call: Callable[[], T]) -> T:
         try:
@@ -223,6 +225,12 @@ class _Guarded(io.RawIOBase):
             raise
         except _ZIP_ERRORS as error:
             raise _damaged(self._uri, str(error)) from error
+
+    def _next(self, count: int) -> bytes:
+        data = self._guard(lambda: self._inner.read(count))
+        if (count < 0 or len(data) < count) and self._inner.tell() < self._size:
+            raise _cut_off(self._uri, f"{self._inner.tell()} bytes instead of {self._size}")
+        return data
 
     def readable(self) -> bool:
         """Yes."""
@@ -243,13 +251,18 @@ class _Guarded(io.RawIOBase):
     def readinto(self, buffer: "WriteableBuffer") -> int:
         """Fill the buffer; fewer bytes only at the end."""
         view = memoryview(buffer).cast("B")
-        data = self._guard(lambda: self._inner.read(len(view)))
+        data = self._next(len(view))
         view[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:
         """The rest."""
-        return self._guard(self._inner.read)
+        return self._next(-1)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._inner.close()
+        super().close()
 
 
 # -- random access to gzip -------------------------------------------------------------------------------------------
@@ -260,20 +273,24 @@ class _Inflater:
 
     Attributes:
         out: position in the inflated data.
+        at: position in the gzip file up to which it has been fetched.
+        enough: position in the gzip file behind which nothing is worth fetching.
     """
 
     _PIECE = 128 << 10
 
     def __init__(self, source: Source, out: int = 0, at: int = 0, state: "zlib._Decompress | None" = None) -> None:
-        self._source, self.out = source, out
-        self._at, self._fetched, self._used = at, b"", 0  # at: of the first byte not yet fetched
+        self._source, self.out, self.at, self.enough = source, out, at, sys.maxsize
+        self._fetched, self._used = b"", 0
         self._zlib = state or zlib.decompressobj(31)
 
     def fork(self) -> "_Inflater | None":
-        """Another one at the same place, which holds no data; None between two such places."""
-        if self._zlib.unconsumed_tail or self._zlib.eof:
+        """Another one at the same place, which holds no data; None at the end, and between two such places."""
+        if self._zlib.eof and not self._begin_next():
             return None
-        return _Inflater(self._source, self.out, self._at - len(self._fetched) + self._used, self._zlib.copy())
+        if self._zlib.unconsumed_tail:
+            return None
+        return _Inflater(self._source, self.out, self.at - len(self._fetched) + self._used, self._zlib.copy())
 
     def next(self, count: int) -> bytes:
         """The next bytes, at most ``count``; none at the end."""
@@ -284,8 +301,9 @@ class _Inflater:
             try:
                 data = self._zlib.decompress(piece, count)
             except zlib.error as error:
-                raise _damaged(self._source.uri, f"{error} near byte {self._at}") from error
-            self._used += len(piece) - len(self._zlib.unconsumed_tail) - len(self._zlib.unused_data)
+                raise _damaged(self._source.uri, _zlib_says(error)) from error
+            left = self._zlib.unused_data if self._zlib.eof else self._zlib.unconsumed_tail
+            self._used += len(piece) - len(left)
             self.out += len(data)
             if data:
                 return data
@@ -302,9 +320,10 @@ class _Inflater:
     def _peek(self, count: int) -> bytes:
         """The next compressed bytes, of which there may be fewer."""
         if len(self._fetched) - self._used < 2:
-            more = self._source.read(self._at, self._at + self._source.block)
+            size = min(self._source.block, max(self.enough - self.at, self._PIECE))
+            more = self._source.read(self.at, self.at + size)
             self._fetched, self._used = self._fetched[self._used :] + more, 0
-            self._at += len(more)
+            self.at += len(more)
         return self._fetched[self._used : self._used + count]
 
 
@@ -327,6 +346,7 @@ class Inflated:
     def read(self, start: int, stop: int) -> bytes:
         """See ``Readable``."""
         inflater = self._nearest(start)
+        inflater.enough = self._behind(stop)
         pieces = []
         while inflater.out < stop:
             skip = inflater.out < start
@@ -351,6 +371,12 @@ class Inflated:
         fork = point.fork()
         assert fork is not None  # a point is such a place
         return fork
+
+    def _behind(self, stop: int) -> int:
+        """Where in the gzip file the data before ``stop`` have ended for certain."""
+        with self._lock:
+            number = bisect.bisect_left(self._points, stop, key=lambda p: p.out)
+            return self._points[number].at if number < len(self._points) else sys.maxsize
 
     def _add_point(self, inflater: _Inflater) -> None:
         if inflater.out < self._points[-1].out + self._spacing:
@@ -415,38 +441,47 @@ class Archive:
         member = self._member(path)
         if max(member.size, member.stored) > MEMORY_LIMIT:
             raise StorageError(
-                f"{address(self.uri, path)} is {member.size} bytes; at most {MEMORY_LIMIT} are read at once", _UNPACK
+                f"{self._where(path)} is {member.size} bytes; at most {MEMORY_LIMIT} are read at once", _UNPACK
             )
         data = self._content(member)
         if len(data) != member.size:
-            raise _cut_off(address(self.uri, path), f"{len(data)} bytes instead of {member.size}")
+            raise _cut_off(self._where(path), f"it does not have the {member.size} bytes it declares")
         if member.crc is not None and zlib.crc32(data) != member.crc:
-            raise _damaged(address(self.uri, path), "its checksum (CRC-32) is wrong")
+            raise _damaged(self._where(path), "its checksum (CRC-32) is wrong")
         return data
 
     def open(self, path: str) -> IO[bytes]:
-        """A seekable reader. A compressed file in a zip is inflated: beforehand, or as it is read when it is large."""
-        return self._open(self._member(path), STREAM_ABOVE)
+        """A seekable reader. A compressed file in a zip is inflated: beforehand, or as it is read when it is large.
+
+        No checksum is compared where parts are read: of a stored file in a zip, and in a tar.gz.
+        """
+        return self._open(self._member(path))
 
     def stream(self, path: str) -> IO[bytes]:
         """A reader to be read from the beginning to the end; memory is bounded."""
-        return self._open(self._member(path), self._source.block)
+        return self._stream(self._member(path))
 
     def _member(self, path: str) -> Member:
         member = self._members.get(path)
         if member is None:
             what = "that is a folder" if self.is_folder(path) else "the archive has no such file"
             fix = "an archive inside an archive must be unpacked" if "!/" in path else "check the path"
-            raise ObjectMissing(f"cannot read {address(self.uri, path)}: {what}", fix)
+            raise ObjectMissing(f"cannot read {self._where(path)}: {what}", fix)
         return member
 
+    def _where(self, path: str) -> str:
+        """A member's address for messages, in one line."""
+        return address(self.uri, path if path.isprintable() else repr(path)[1:-1])
+
     def _content(self, member: Member) -> bytes:
-        """The content, not yet checked; a few bytes too many at most."""
+        """The content, not yet checked; of a file that is larger than it declares, one byte more than that."""
         raise NotImplementedError
 
-    def _open(self, member: Member, in_memory: int) -> IO[bytes]:
-        """A reader; content that must be inflated may be held in memory up to this size."""
+    def _open(self, member: Member) -> IO[bytes]:
         raise NotImplementedError
+
+    def _stream(self, member: Member) -> IO[bytes]:
+        return self._open(member)
 
 
 class _Zip(Archive):
@@ -458,21 +493,15 @@ class _Zip(Archive):
 
     def _content(self, member: Member) -> bytes:
         if member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            with self._inflating(member) as file:
+            with self._stream(member) as file:
                 return file.read()
         data = self._compressed(member)
         if member.method == zipfile.ZIP_STORED:
             return data
-        inflater = zlib.decompressobj(-15)
         try:
-            data = inflater.decompress(data, member.size + 1)
+            return zlib.decompressobj(-15).decompress(data, member.size + 1)
         except zlib.error as error:
-            raise _damaged(address(self.uri, member.name), str(error)) from error
-        if len(data) > member.size:
-            raise _damaged(address(self.uri, member.name), f"it holds more than the {member.size} bytes it declares")
-        if not inflater.eof:
-            raise _cut_off(address(self.uri, member.name), "the compressed data end too early")
-        return data
+            raise _damaged(self._where(member.name), _zlib_says(error)) from error
 
     def _compressed(self, member: Member) -> bytes:
         """The compressed bytes, with the local header before them in one read unless they are many."""
@@ -489,21 +518,21 @@ class _Zip(Archive):
     def _content_start(self, member: Member, header: bytes) -> int:
         """Where the content begins, from the beginning of its local header."""
         if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-            raise _damaged(address(self.uri, member.name), f"no local header at byte {member.start}")
+            raise _damaged(self._where(member.name), f"no local header at byte {member.start}")
         _, name, extra = _LOCAL_HEADER.unpack_from(header)
         return _LOCAL_HEADER.size + int(name) + int(extra)
 
-    def _open(self, member: Member, in_memory: int) -> IO[bytes]:
+    def _open(self, member: Member) -> IO[bytes]:
         if member.method == zipfile.ZIP_STORED:
             header = self._source.read(member.start, member.start + _LOCAL_HEADER.size)
             start = member.start + self._content_start(member, header)
             return Window(self._source, start, start + member.stored).buffered()
-        if member.size <= in_memory:
+        if member.size <= STREAM_ABOVE:
             return io.BytesIO(self.read(member.name))
-        return self._inflating(member)
+        return self._stream(member)
 
-    def _inflating(self, member: Member) -> IO[bytes]:
-        uri = address(self.uri, member.name)
+    def _stream(self, member: Member) -> IO[bytes]:
+        uri = self._where(member.name)
         if member.method not in _ZIP_METHODS:
             method = _ZIP_METHOD_NAMES.get(member.method, f"method {member.method}")
             raise StorageError(
@@ -517,7 +546,7 @@ class _Zip(Archive):
             inner = self._file.open(info)
         except _ZIP_ERRORS as error:
             raise _damaged(uri, str(error)) from error
-        return io.BufferedReader(_Guarded(inner, uri), 1 << 20)
+        return io.BufferedReader(_Guarded(inner, uri, member.size), 1 << 20)
 
 
 class _Tar(Archive):
@@ -528,7 +557,7 @@ class _Tar(Archive):
     def _content(self, member: Member) -> bytes:
         return self._data.read(member.start, member.start + member.size)
 
-    def _open(self, member: Member, in_memory: int) -> IO[bytes]:
+    def _open(self, member: Member) -> IO[bytes]:
         return Window(self._data, member.start, member.start + member.size).buffered()
 
 
@@ -551,7 +580,7 @@ def open_archive(source: Source) -> Archive:
         return _open_zip(source)
     if head.startswith(b"\x1f\x8b"):
         return _open_tar(source, Inflated(source))
-    if head[257:262] == b"ustar" or re.search(r"\.tar(\?|$)", source.uri, re.IGNORECASE):
+    if head[257:262] == b"ustar" or re.search(r"\.tar(\?|\Z)", source.uri, re.IGNORECASE):
         return _open_tar(source, source)
     raise StorageError(
         f"{source.uri} is not a zip or tar archive: it begins with {head[:16]!r}",
@@ -609,8 +638,8 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 def _is_link(info: zipfile.ZipInfo) -> bool:
-    mode = info.external_attr >> 16
-    return stat.S_IFMT(mode) not in (0, stat.S_IFREG)
+    unix = 3
+    return info.create_system == unix and stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG)
 
 
 def _zip_member(info: zipfile.ZipInfo, name: str, uri: str) -> Member:
@@ -676,13 +705,12 @@ def _scan_tar(uri: str, file: IO[bytes], with_crc: bool) -> tuple[dict[str, _Fou
             end = tar.offset
             tar.members.clear()  # type: ignore[attr-defined]  # else all of them would be kept
             name = canonical(info.name, uri)
+            target = found.get(canonical(info.linkname, uri)) if info.islnk() else None
             found.pop(name, None)  # the last entry of a name holds
             if info.isdir():
                 folders.append(name)
-            elif info.islnk():
-                target = found.get(canonical(info.linkname, uri))
-                if target is not None:
-                    found[name] = target
+            elif target is not None:
+                found[name] = target
             elif info.issparse():
                 raise StorageError(f"{uri} holds a sparse file, {name!r}", "make the archive again without --sparse")
             elif info.isreg():
@@ -764,6 +792,10 @@ def _tree(names: Iterable[str], folders: Iterable[str]) -> dict[str, list[str]]:
         above, _, name = path.rpartition("/")
         folder(above).add(name)
     return {path: sorted(inside) for path, inside in children.items()}
+
+
+def _zlib_says(error: zlib.error) -> str:
+    return str(error).rpartition(": ")[2]
 
 
 def _damaged(uri: str, what: str, kind: str = "") -> StorageError:

@@ -287,6 +287,7 @@ class Prediction:
     Attributes:
         semantic: label map of label ids, uint16, or None when the model has no such task.
         instances, panoptic, segments: likewise.
+        label_maps: further label maps by name (BDD100K's lane directions), uint8 or uint16 of shape (height, width).
         class_confidence: mean probability of the winning class, by label id; None when the model gives none.
     """
 
@@ -295,6 +296,7 @@ class Prediction:
     panoptic: NDArray[np.uint16] | None = None
     segments: tuple[Segment, ...] | None = None
     class_confidence: Mapping[int, float] | None = None
+    label_maps: Mapping[str, NDArray[np.uint8] | NDArray[np.uint16]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

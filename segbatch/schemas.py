@@ -123,6 +123,7 @@ MASKS = pa.schema(
         pa.field("seconds_decode", pa.float64()),
         pa.field("seconds_model", pa.float64()),
         pa.field("seconds_encode", pa.float64()),
+        pa.field("label_maps", LABEL_MAPS),
     ]
 )
 

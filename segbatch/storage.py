@@ -67,7 +67,7 @@ def resolve(uri: str) -> str:
     """
     member = archives.split(uri)
     if member:
-        return archives.address(resolve(member[0]), member[1])
+        return archives.address(resolve(member[0]), archives.normal(member[1]))
     if uri.startswith("file://"):
         uri = uri.removeprefix("file://")
     if is_local(uri):
@@ -553,10 +553,11 @@ class _RemoteSource:
     def _fetcher(self, options: dict[str, Any]) -> Callable[[int, int], bytes]:
         filesystem, path = _split(self.uri)
         file = _attempt(lambda: filesystem.open(path, "rb", cache_type="none", **options), self.uri, "read")
-        if str(file.details.get("ETag") or self.etag).strip('"') != self.etag:  # s3fs asks for what it has opened
+        opened = getattr(file, "details", {}).get("ETag") or self.etag
+        if str(opened).strip('"') != self.etag:  # s3fs will ask for what it has opened
             raise _changed(self.uri)
-        fetch: Callable[[int, int], bytes] = file.cache.fetcher
-        return fetch
+        fetch: Callable[[int, int], bytes] | None = getattr(getattr(file, "cache", None), "fetcher", None)
+        return fetch or (lambda start, stop: bytes(filesystem.cat_file(path, start=start, end=stop)))
 
     def read(self, start: int, stop: int) -> bytes:
         """See ``archives.Readable``."""

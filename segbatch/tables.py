@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -107,7 +107,7 @@ def batches(
             if low >= high:
                 continue
             for batch in _slices(file, group, columns, (low, high), batch_rows):
-                yield _with_new_columns(batch, table, columns)
+                yield with_new_columns(batch, table, columns)
 
 
 def _slices(
@@ -126,7 +126,11 @@ def _slices(
             return
 
 
-def _with_new_columns(batch: pa.RecordBatch, table: str, columns: Sequence[str] | None) -> pa.RecordBatch:
+Batch = TypeVar("Batch", pa.RecordBatch, pa.Table)
+
+
+def with_new_columns(batch: Batch, table: str, columns: Sequence[str] | None = None) -> Batch:
+    """Rows with nulls in those of ``columns`` (all when None) that their older file does not have yet."""
     schema = schemas.TABLES[table]
     wanted = schema.names if columns is None else [c for c in columns if c in schema.names]
     for name in (w for w in wanted if w not in batch.schema.names):

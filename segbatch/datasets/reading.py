@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -256,3 +257,49 @@ def panoptic_of(
     empty = [s.id for s in segments if not 0 <= s.id <= greatest or not shown[s.id]]
     issues = tuple(Issue("empty-segment", f"the segment {i} of {uri} has no pixels", i) for i in empty)
     return index[id_map], tuple(segments), issues
+
+
+@dataclass(frozen=True, slots=True)
+class Colors:
+    """The colours of a class table, ready for look-up.
+
+    Attributes:
+        packed: as 0xRRGGBB in ascending order; empty when no class has a colour.
+        ids: their label ids.
+    """
+
+    packed: NDArray[np.uint32]
+    ids: NDArray[np.uint16]
+
+    @classmethod
+    def of(cls, classes: ClassTable) -> "Colors":
+        """The colours of those classes that have one."""
+        pairs = sorted(
+            ((r << 16) | (g << 8) | b, c.label_id) for c in classes.classes if c.color for r, g, b in (c.color,)
+        )
+        return cls(np.array([p for p, _ in pairs], np.uint32), np.array([i for _, i in pairs], np.uint16))
+
+
+def ids_of_colors(mask: NDArray[np.uint8], colors: Colors, uri: str) -> NDArray[np.uint16]:
+    """Label ids of a colour-coded mask, uint8 of shape (height, width, 3).
+
+    Raises:
+        DataError: ``unknown-color`` with the first such colour and where it stands; ``label-type`` without colours.
+    """
+    if not len(colors.packed):
+        fix = "give the classes their colours in classes.toml, or write label ids"
+        raise DataError(f"mask {uri} is in colour but no class has a colour", fix, "label-type", uri)
+    packed = mask.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    place = np.minimum(np.searchsorted(colors.packed, packed), len(colors.packed) - 1)
+    good = colors.packed[place] == packed
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        red, green, blue = (int(v) for v in mask[row, column])
+        raise DataError(
+            f"mask {uri} has the colour ({red}, {green}, {blue}) at row {row}, column {column}, which no class has "
+            f"({int((~good).sum())} such pixels)",
+            "correct the mask (anti-aliased edges?) or add the class",
+            "unknown-color",
+            uri,
+        )
+    return colors.ids[place]

@@ -18,7 +18,7 @@ from segbatch.stages.join import Join
 T = TypeVar("T")
 
 _SAMPLE = ("sample_id", "group_id", "split", "image_uri", "height", "width", "attributes", "volume", "status")
-_LABELS = ("semantic", "instances", "panoptic", "segments")
+_LABELS = ("semantic", "instances", "panoptic", "segments", "label_maps")
 _TASK_COLUMN = {"semantic": "semantic", "instance": "instances", "panoptic": "panoptic"}
 
 
@@ -137,8 +137,7 @@ class _Source:
         parts = tables.parts(self._samples)
         if not self._masks:
             for part in parts:
-                wanted = [*_SAMPLE, *_LABELS, "label_maps"]
-                for batch in tables.batches(part.uri, "samples", wanted):
+                for batch in tables.batches(part.uri, "samples", [*_SAMPLE, *_LABELS]):
                     yield from ((Row(batch, i), Row(batch, i)) for i in range(batch.num_rows))
             return
         join = Join(parts, _SAMPLE, ("sample_id", "status", *_LABELS))
@@ -155,8 +154,7 @@ def labels_of(labels: Row, sample: Row, is_truth: bool) -> Labels:
         ValueError: a map or mask is not of the sample's size.
     """
     height, width = sample.number("height") or 0, sample.number("width") or 0
-    has_maps = "label_maps" in labels.batch.schema.names
-    maps = columns.label_maps_at(labels.column("label_maps"), labels.index) if has_maps else {}
+    maps = columns.label_maps_at(labels.column("label_maps"), labels.index)
     segments = _value(labels, "segments")
     instances = _value(labels, "instances")
     volume = _value(sample, "volume")

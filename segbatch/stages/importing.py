@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -147,7 +146,7 @@ def _known(item: PlanItem, index: int) -> dict[str, Any]:
 
 def _row(item: PlanItem, index: int, prediction: Prediction) -> MaskRow:
     known = _known(item, index)
-    for found in (prediction.semantic, prediction.panoptic):
+    for found in (prediction.semantic, prediction.panoptic, *prediction.label_maps.values()):
         _check_size(item, found, (known["height"], known["width"]))
     for instance in prediction.instances or ():
         try:
@@ -165,10 +164,11 @@ def _row(item: PlanItem, index: int, prediction: Prediction) -> MaskRow:
         panoptic=None if prediction.panoptic is None else runlength.encode(prediction.panoptic),
         segments=prediction.segments,
         class_confidence=prediction.class_confidence,
+        label_maps={name: runlength.encode(m) for name, m in prediction.label_maps.items()},
     )
 
 
-def _check_size(item: PlanItem, found: NDArray[np.uint16] | None, size: tuple[int, int]) -> None:
+def _check_size(item: PlanItem, found: NDArray[Any] | None, size: tuple[int, int]) -> None:
     if found is not None and found.shape != size:
         raise DataError(
             f"the prediction {item.uri} is {found.shape[1]} x {found.shape[0]}, its photo is {size[1]} x {size[0]}",

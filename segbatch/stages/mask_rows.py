@@ -30,6 +30,7 @@ class MaskRow:
     segments: tuple[Segment, ...] | None = None
     class_confidence: Mapping[int, float] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    label_maps: Mapping[str, Runs] = field(default_factory=dict)
 
 
 def masks_batch(rows: Sequence[MaskRow], digest: str) -> pa.RecordBatch:
@@ -51,6 +52,7 @@ def masks_batch(rows: Sequence[MaskRow], digest: str) -> pa.RecordBatch:
         "class_confidence": [_confidence(r.class_confidence) for r in rows],
         "model_digest": [digest] * len(rows),
         **{f"seconds_{s}": [r.seconds.get(s) for r in rows] for s in ("decode", "model", "encode")},
+        "label_maps": columns.label_maps_array([r.label_maps for r in rows]),
     }
     return batch_of(cells, schemas.MASKS, len(rows))
 

@@ -337,7 +337,8 @@ class _Present:
                 self._rows = self._file.read_row_group(group, columns=schemas.MASKS.names, use_threads=False)
                 self._group = group
             pieces.append(self._rows.take(pa.array([p - self._first[group] for p in members])))
-        rows = pa.concat_tables(pieces).select(schemas.MASKS.names).cast(schemas.MASKS)
+        rows = tables.with_new_columns(pa.concat_tables(pieces), "masks")
+        rows = rows.select(schemas.MASKS.names).cast(schemas.MASKS)
         return rows.combine_chunks().to_batches()[0]
 
 

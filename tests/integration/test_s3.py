@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -404,3 +406,66 @@ def test_the_command_line_says_it_in_one_line(what: str, s3_server: s3.S3Server,
 def test_another_store_is_named(s3_server: s3.S3Server) -> None:
     with pytest.raises(SegbatchError, match="cannot use nonsense://"):
         storage.read_bytes("nonsense://bucket/key")
+
+
+# -- archives --------------------------------------------------------------------------------------------------------
+
+
+def pack(tree: Path, path: Path) -> bytes:
+    """The tree as an archive of the kind that its name says."""
+    files = [(p, p.relative_to(tree).as_posix()) for p in sorted(tree.rglob("*")) if p.is_file()]
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+            for file, name in files:
+                made.write(file, name)
+    else:
+        with tarfile.open(path, "w:gz") as tar:
+            for file, name in files:
+                tar.add(file, name)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["source.zip", "source.tar.gz"])
+def test_an_archive_reads_like_the_folder(
+    name: str, root: str, tree: Path, tmp_path: Path, s3_server: s3.S3Server, endpoint: Callable[[str], None]
+) -> None:
+    storage.create(f"{root}/{name}", pack(tree, tmp_path / name))
+    inside = storage.archive_root(f"{root}/{name}")
+    names = [storage.relative(i.uri, str(tree)) for i in storage.list_files(str(tree))]
+    with s3.proxy(s3_server.url) as proxy:
+        endpoint(proxy.url)
+        proxy.lose = Once("GET", name)
+        assert [storage.relative(i.uri, inside) for i in storage.list_files(inside)] == names
+        assert len(proxy.lost) == 1
+        assert storage.read_many(storage.join(inside, n) for n in names) == [(tree / n).read_bytes() for n in names]
+        assert storage.list_folders(inside) == storage.list_folders(str(tree)) == ["images", "masks"]
+        assert storage.is_archive(f"{root}/{name}") and storage.is_folder(f"{inside}images")
+        first = (tree / names[0]).read_bytes()
+        with storage.open_stream(storage.join(inside, names[0])) as file:
+            assert file.read() == first
+        assert storage.read_range(storage.join(inside, names[0]), 2, 9) == first[2:9]
+        assert storage.stat(f"{inside}nothing") is None and not storage.exists(f"{root}/no.zip!/")
+
+
+@pytest.mark.parametrize("name", ["source.zip", "source.tar.gz"])
+def test_an_archive_that_changes_is_not_read_on(name: str, root: str, tree: Path, tmp_path: Path) -> None:
+    """Requests say which version they want, so that no read has to look first."""
+    storage.create(f"{root}/{name}", pack(tree, tmp_path / name))
+    inside = storage.archive_root(f"{root}/{name}")
+    first, *_, last = storage.list_files(inside)
+    storage.replace(f"{root}/{name}", pack(tree / "images", tmp_path / name))
+    with pytest.raises(StorageError, match=r"has changed since it was listed or opened \(run the same command again"):
+        storage.read_bytes(first.uri)
+    assert storage.list_folders(inside) == ["train", "val"]
+    with pytest.raises(ObjectMissing, match="the archive has no such file"):
+        storage.read_bytes(last.uri)
+
+
+def test_parts_and_folders(root: str) -> None:
+    storage.create(f"{root}/a/b/object", b"0123456789")
+    storage.create(f"{root}/a/.hidden/object", b"")
+    assert storage.list_folders(f"{root}/a") == ["b"] and storage.list_folders(f"{root}/nothing") == []
+    for start, stop in ((0, 4), (3, 3), (8, 100), (10, 12), (50, 60)):
+        assert storage.read_range(f"{root}/a/b/object", start, stop) == b"0123456789"[start:stop]
+    with pytest.raises(ObjectMissing):
+        storage.read_range(f"{root}/a/b/nothing", 0, 1)

@@ -195,6 +195,46 @@ def test_list_files(tmp_path: Path) -> None:
     assert flat == ["b.JPG", "c.jpg"]
 
 
+def test_list_folders(tmp_path: Path) -> None:
+    for name in ("b/x", "a", ".hidden"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    assert storage.list_folders(str(tmp_path)) == ["a", "b", "link"]
+    assert storage.list_folders(str(tmp_path / "nothing")) == []
+    with pytest.raises(StorageError, match="a file is in the way"):
+        storage.list_folders(str(tmp_path / "file"))
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    for look in (storage.list_folders, lambda root: list(storage.list_files(root))):
+        with pytest.raises(StorageError, match=r"not UTF-8.*\(rename that file\)"):
+            look(str(tmp_path))
+
+
+def test_read_range(tmp_path: Path) -> None:
+    target = str(tmp_path / "object")
+    storage.create(target, b"0123456789")
+    for start, stop in ((0, 4), (3, 3), (8, 100), (10, 12), (50, 60)):
+        assert storage.read_range(target, start, stop) == b"0123456789"[start:stop]
+    for start, stop in ((-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match="are no range"):
+            storage.read_range(target, start, stop)
+    with pytest.raises(ObjectMissing):
+        storage.read_range(str(tmp_path / "nothing"), 0, 1)
+
+
+def test_streams_of_plain_files(tmp_path: Path) -> None:
+    target = str(tmp_path / "object")
+    storage.create(target, b"0123456789")
+    with storage.open_stream(target) as file:
+        assert list(iter(lambda: file.read(4), b"")) == [b"0123", b"4567", b"89"]
+    with pytest.raises(ObjectMissing):
+        storage.open_stream(str(tmp_path / "nothing"))
+
+
 def test_sweep_spares_the_living(tmp_path: Path) -> None:
     """Temporary files of ended processes go at once; of living ones, or of other machines, after an hour."""
     code = (
