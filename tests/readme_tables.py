@@ -29,7 +29,7 @@ def formats() -> str:
     lines = ["| format | task | import | what it is |", "|---|---|---|---|"]
     for name in sorted(registry.BUILT_IN):
         found = registry.format_of(name)
-        summary = " ".join((found.__doc__ or "").split("\n\n")[0].split()).rstrip(".").replace("|", "\\|")
+        summary = " ".join((found.__doc__ or "").split("\n\n")[0].split()).rstrip(".").replace("``", "`").replace("|", "\\|")
         lines.append(f"| `{name}` | {found.task} | {'yes' if found.can_import else 'no'} | {summary} |")
     return "\n".join(lines)
 
@@ -37,10 +37,10 @@ def formats() -> str:
 def up_to_date(text: str) -> str:
     """The README with its tables made anew."""
     for name, table in (("datasets", datasets()), ("formats", formats())):
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
-        text = pattern.sub(lambda m, table=table: m[1] + table + m[2], text)
+        text = pattern.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)
     return text
 
 
