@@ -293,8 +293,12 @@ def annotations_text(raws: Iterable[RawJson]) -> str:
 
 
 def digest(raws: Iterable[RawJson]) -> str:
-    """BLAKE2b over the slices and their order, 16 hex digits; where they stand in the file does not matter."""
-    return hashlib.blake2b(b",".join(raws), digest_size=_DIGEST_BYTES).hexdigest()
+    """BLAKE2b over the slices and their order, 16 hex digits.
+
+    Where they stand in the file does not matter, nor does white space: a file that a tool has written anew with another
+    indentation has not changed.
+    """
+    return hashlib.blake2b(b",".join(raws).translate(None, b" \t\r\n"), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def decode_annotations(text: str, uri: str = "") -> tuple[CocoAnnotation, ...]:

@@ -304,6 +304,11 @@ class TestDigest:
         assert [i for i in before if before[i] != after[i]] == [3]
         assert len(set(before.values())) == 5
 
+    def test_another_indentation_is_no_change(self) -> None:
+        raws = [json.dumps(annotation(image_id=1, id=i)).encode() for i in range(3)]
+        indented = [json.dumps(json.loads(r), indent=3).encode() for r in raws]
+        assert annotation_json.digest(raws) == annotation_json.digest(indented)
+
     def test_order_and_bounds_count(self) -> None:
         raws = [b'{"id":1}', b'{"id":2}', b'{"id":1}']
         kinds = [raws[:0], raws[:1], raws[:2], raws[1:], raws, [b"[" + b",".join(raws) + b"]"]]
