@@ -1,15 +1,11 @@
 """Every dataset by name. Outsiders add theirs by an entry point of the group ``segbatch.datasets``."""
 
-import functools
-import importlib
 import itertools
-from importlib.metadata import EntryPoint, entry_points
-from typing import cast
 
-from segbatch.config import nearest
 from segbatch.datasets.base import Dataset
 from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError
+from segbatch.plugins import Plugins
 
 AUTO = "auto"
 """The name that stands for whichever dataset recognises the source."""
@@ -46,31 +42,13 @@ _ANY_FOLDER = "images"
 
 _SHOWN = 5
 
-
-def names() -> tuple[str, ...]:
-    """Built-in and installed datasets, in alphabetical order."""
-    return tuple(sorted({*BUILT_IN, *_plugins()}))
+_DATASETS: Plugins[Dataset] = Plugins("dataset", "segbatch.datasets", BUILT_IN, ENTRY_POINTS)
+names = _DATASETS.names
 
 
 def dataset(name: str) -> Dataset:
-    """The dataset of that name.
-
-    Raises:
-        ConfigError: an unknown name, with the known ones and the nearest.
-    """
-    if name in BUILT_IN:
-        return _built_in(name)
-    plugins = _plugins()
-    if name in plugins:
-        return _load(plugins[name])
-    known = ", ".join([*names(), AUTO])
-    raise ConfigError(f"unknown dataset {name!r}{nearest(name, [*names(), AUTO])}", f"known: {known}")
-
-
-@functools.cache
-def _built_in(name: str) -> Dataset:
-    module, _, kind = BUILT_IN[name].partition(":")
-    return cast(Dataset, getattr(importlib.import_module(f"segbatch.datasets.{module}"), kind)())
+    """The dataset of that name; see ``Plugins.get``."""
+    return _DATASETS.get(name, also=(AUTO,))
 
 
 def find(name: str, source: str) -> tuple[Dataset, Tree]:
@@ -111,18 +89,3 @@ def _seen(tree: Tree) -> str:
         return "it does not exist"
     first = [path for path, _ in itertools.islice(tree.files(), _SHOWN)]
     return f"its first files are {', '.join(first)}" if first else "it holds no file"
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    """Entry points by name; a built-in name cannot be taken."""
-    return {e.name: e for e in entry_points(group=ENTRY_POINTS) if e.name not in BUILT_IN}
-
-
-def _load(plugin: EntryPoint) -> Dataset:
-    try:
-        found = plugin.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"dataset {plugin.name!r} ({plugin.value}) cannot be loaded: {error}", "reinstall it"
-        ) from error
-    return cast(Dataset, found() if isinstance(found, type) else found)

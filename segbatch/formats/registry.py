@@ -1,13 +1,7 @@
 """Every format by name. Outsiders add theirs by an entry point of the group ``segbatch.formats``."""
 
-import functools
-import importlib
-from importlib.metadata import EntryPoint, entry_points
-from typing import cast
-
-from segbatch.config import nearest
-from segbatch.errors import ConfigError
 from segbatch.formats.base import Format
+from segbatch.plugins import Plugins
 
 ENTRY_POINTS = "segbatch.formats"
 
@@ -38,32 +32,6 @@ BUILT_IN = {
 }
 """Module below ``segbatch.formats`` and class of every built-in format."""
 
-
-def names() -> tuple[str, ...]:
-    """Built-in and installed formats, in alphabetical order."""
-    return tuple(sorted({*BUILT_IN, *_plugins()}))
-
-
-def format_of(name: str) -> Format:
-    """The format of that name.
-
-    Raises:
-        ConfigError: an unknown name, with the known ones and the nearest.
-    """
-    if name in BUILT_IN:
-        return _built_in(name)
-    plugins = _plugins()
-    if name not in plugins:
-        raise ConfigError(f"unknown format {name!r}{nearest(name, names())}", f"known: {', '.join(names())}")
-    found = plugins[name].load()
-    return cast(Format, found() if isinstance(found, type) else found)
-
-
-@functools.cache
-def _built_in(name: str) -> Format:
-    module, _, kind = BUILT_IN[name].partition(":")
-    return cast(Format, getattr(importlib.import_module(f"segbatch.formats.{module}"), kind)())
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    return {e.name: e for e in entry_points(group=ENTRY_POINTS) if e.name not in BUILT_IN}
+_FORMATS: Plugins[Format] = Plugins("format", "segbatch.formats", BUILT_IN, ENTRY_POINTS)
+names = _FORMATS.names
+format_of = _FORMATS.get

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from segbatch import storage
+from segbatch import plugins, storage
 from segbatch.datasets import drawn_shelves, reading, registry
 from segbatch.datasets.camvid import CamVid
 from segbatch.datasets.image_masks import ImageMasks
@@ -63,7 +63,7 @@ class TestRegistry:
             return Theirs
 
         entry = EntryPoint("theirs", "their.module:Theirs", registry.ENTRY_POINTS)
-        monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == registry.ENTRY_POINTS else [])
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == registry.ENTRY_POINTS else [])
         with pytest.raises(ConfigError, match=r"their\.module:Theirs.*cannot be loaded"):
             registry.dataset("theirs")
         monkeypatch.setattr(EntryPoint, "load", load)
