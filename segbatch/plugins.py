@@ -47,7 +47,8 @@ class Plugins(Generic[T]):
             known = [*self.names(), *also]
             raise ConfigError(f"unknown {self._kind} {name!r}{nearest(name, known)}", f"known: {', '.join(known)}")
         try:
-            return _made(installed[name].load())
+            found: T = _made(installed[name].load())
+            return found
         except (ImportError, AttributeError) as error:
             where = installed[name].value
             raise ConfigError(f"{self._kind} {name!r} ({where}) cannot be loaded: {error}", "reinstall it") from error
@@ -55,7 +56,8 @@ class Plugins(Generic[T]):
     @functools.cache  # noqa: B019  # registries live as long as the process
     def _load(self, name: str) -> T:
         module, _, part = self._built_in[name].partition(":")
-        return _made(getattr(importlib.import_module(f"{self._package}.{module}"), part))
+        found: T = _made(getattr(importlib.import_module(f"{self._package}.{module}"), part))
+        return found
 
     def _installed(self) -> dict[str, EntryPoint]:
         return {e.name: e for e in entry_points(group=self.group) if e.name not in self._built_in}

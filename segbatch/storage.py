@@ -177,7 +177,8 @@ def _translate(error: Exception, uri: str, doing: str) -> SegbatchError:
 
 
 def _changed(uri: str) -> StorageError:
-    return StorageError(f"{uri} has changed since it was listed or opened", "run the same command again")
+    """Transient: it is no fault of the samples in it, which the next run lists and reads anew."""
+    return TransientStorageError(f"{uri} has changed since it was listed or opened", "run the same command again")
 
 
 def _is_http(uri: str) -> bool:

@@ -39,6 +39,7 @@ _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_LONGEST_SIDE = 2**31 - 1  # of ISO/IEC 15948, 7.1
 _PNG_NEEDED = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
@@ -157,6 +158,8 @@ def png_header(data: bytes) -> Header:
     width, height, depth, kind = struct.unpack_from(">IIBB", data, 16)
     if data[12:16] != b"IHDR" or kind not in _PNG_CHANNELS:
         corrupt("PNG", "its header makes no sense")
+    if max(width, height) > _LONGEST_SIDE:
+        corrupt("PNG", f"its header says {width} x {height} pixels")
     orientation = 1
     for name, start, stop in _png_chunks(data):
         if name == b"eXIf":

@@ -187,7 +187,7 @@ def _check_size(info: PhotoInfo, max_pixels: int) -> None:
         headers.corrupt(_NAMES[info.format], f"its size is {info.width} x {info.height} pixels")
     if pixels > max_pixels:
         problem = f"{info.width} x {info.height} = {pixels:,} pixels, more than the limit of {max_pixels:,}"
-        raise DataError(problem, "shrink the image or raise max_pixels", "too-large")
+        raise DataError(problem, "shrink the image or raise --max-pixels", "too-large")
 
 
 def _decode_jpeg(data: bytes, info: PhotoInfo) -> NDArray[np.uint8]:

@@ -32,7 +32,7 @@ class Images(Dataset):
     def recognises(self, tree: Tree) -> bool:
         """Whether there is at least one photo."""
         try:
-            return next(list_images(tree.source), None) is not None
+            return next(_of_tree(tree), None) is not None
         except ConfigError:
             return False
 
@@ -51,7 +51,7 @@ class Images(Dataset):
             ConfigError: a split was asked for, or see ``list_images``.
         """
         reading.choose_splits(self.name, tree.source, (), splits)
-        yield from list_images(tree.source)
+        yield from _of_tree(tree)
 
     def read(self, item: PlanItem) -> Iterator[Sample]:
         """One photo, without labels.
@@ -90,6 +90,14 @@ def list_images(source: str | Sequence[str]) -> Iterator[PlanItem]:
         raise ConfigError(f"{source} does not exist", "give a folder, a glob, an image or a text file of URIs")
     found = (_item(i, storage.relative(i.uri, source)) for i in storage.list_files(source, IMAGE_SUFFIXES))
     return _not_empty(found, f"{source} holds no image", f"file names that count end in {' '.join(IMAGE_SUFFIXES)}")
+
+
+def _of_tree(tree: Tree) -> Iterator[PlanItem]:
+    """Photos of a source; a folder of archives reads as if they had been unpacked into it."""
+    if len(tree.roots) == 1:
+        return list_images(tree.source)
+    found = (_item(info, path) for path, info in tree.files("", IMAGE_SUFFIXES))
+    return _not_empty(found, f"{tree.source} holds no image", f"endings that count: {' '.join(IMAGE_SUFFIXES)}")
 
 
 def _item(found: ObjectInfo, sample_id: str) -> PlanItem:

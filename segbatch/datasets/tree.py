@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from segbatch import storage
+from segbatch.errors import StorageError
 from segbatch.storage import ObjectInfo
 
 
@@ -33,7 +34,12 @@ class Tree:
         if storage.is_archive(source):
             return cls(source, (storage.archive_root(source),))
         archives = [i.uri for i in storage.list_files(source, recursive=False) if storage.is_archive(i.uri)]
-        return cls(source, (source, *(storage.archive_root(a) for a in archives)))
+        try:
+            return cls(source, (source, *(storage.archive_root(a) for a in archives)))
+        except StorageError as error:
+            if error.retryable:
+                raise
+            raise StorageError(error.problem, f"{error.fix}, or move it out of {source}") from error
 
     def candidates(self) -> Iterator["Tree"]:
         """This tree, then what lies below while there is but one folder: archives often hold all in one."""

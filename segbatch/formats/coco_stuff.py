@@ -30,7 +30,7 @@ from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, DataError
 from segbatch.formats.base import Format, Labels, Output, SampleRef
 from segbatch.formats.coco import Entries, document_uri, items_by_image, json_files, raw_text, runs, write_results
-from segbatch.formats.files import file_name, match_files, safe_name, size_of
+from segbatch.formats.files import file_name, label_map, match_files, safe_name, size_of
 from segbatch.records import ClassTable, PlanItem, Prediction, Task
 
 OTHER = 183
@@ -78,7 +78,7 @@ class CocoStuff(Format):
             DataError: a missing or broken file, ``unknown-label``, ``size-mismatch``, or ``overlap``: results with
                 pixels of two classes, which ``cocostuffeval`` refuses.
         """
-        yield Prediction(semantic=_from_results(item) if "raw" in reading.detail_of(item) else _from_map(item.uri))
+        yield Prediction(semantic=_from_results(item) if "raw" in reading.detail_of(item) else _from_map(item))
 
 
 def _has_json_ids(classes: ClassTable) -> bool:
@@ -140,12 +140,10 @@ def _entries(row: Labels, category_ids: NDArray[np.uint16]) -> Entries:
     return Entries(row.sample_id, row.split, [msgspec.json.encode(e) for e in entries])
 
 
-def _from_map(uri: str) -> NDArray[np.uint16]:
-    found = reading.read_label(uri)
-    if found.ndim != 2:
-        raise DataError(f"{uri} is in colour", "write label ids", "label-type", uri)
-    reading.check_ids(found, _KNOWN, uri)
-    return found.astype(np.uint16)
+def _from_map(item: PlanItem) -> NDArray[np.uint16]:
+    found = label_map(item)
+    reading.check_ids(found, _KNOWN, item.uri)
+    return found
 
 
 class _Result(msgspec.Struct, frozen=True):

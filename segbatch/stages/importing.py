@@ -15,7 +15,7 @@ from segbatch.datasets.reading import detail_of
 from segbatch.errors import ConfigError, DataError
 from segbatch.formats import registry
 from segbatch.formats.base import Format, SampleRef
-from segbatch.formats.files import tree_of
+from segbatch.formats.files import MISSING_PREDICTION, tree_of
 from segbatch.records import OK, PlanItem, Prediction
 from segbatch.runs import Journal
 from segbatch.stages.items import ItemWorker
@@ -115,8 +115,13 @@ class PredictionRows:
 
     def read(self, item: PlanItem) -> Iterator[MaskRow]:
         """See ``items.Rows``."""
-        for index, prediction in enumerate(self._format.read(item)):
+        done = 0
+        for index, prediction in zip(range(item.rows), self._format.read(item), strict=False):
             yield _row(item, index, prediction)
+            done = index + 1
+        if done < item.rows:
+            problem = f"{item.uri} has {done} of the {item.rows} slices of {item.sample_id}"
+            raise DataError(problem, "predict every slice; png and lits hold volumes", MISSING_PREDICTION, item.uri)
 
     def bad(self, item: PlanItem, error: DataError, index: int) -> MaskRow:
         """See ``items.Rows``."""

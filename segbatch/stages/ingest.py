@@ -119,14 +119,15 @@ def samples_batch(rows: Sequence[Row], by_reference: bool = False) -> pa.RecordB
 
     Args:
         rows: in order; none gives an empty batch.
-        by_reference: leave the ``image`` column null; ``image_uri`` says where the photo is.
+        by_reference: leave the ``image`` column null; ``image_uri`` says where the photo is. Slices of volumes, which
+            have no address of their own, are kept all the same.
     """
     runs = [r.semantic for r in rows]
     cells: dict[str, Any] = {
         "sample_id": [r.sample_id for r in rows],
         "group_id": [r.item.group_id or None for r in rows],
         "split": [r.item.split or None for r in rows],
-        "image": [None if by_reference else r.image for r in rows],
+        "image": [None if by_reference and r.volume is None else r.image for r in rows],
         "image_format": [r.image_format for r in rows],
         "image_uri": [r.item.uri for r in rows],
         "etag": [r.item.etag for r in rows],
