@@ -8,6 +8,7 @@ on URIs and figures, never pixels. SIGTERM, a cancelled run and Ctrl-C let shard
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -138,8 +139,16 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     except SegbatchError as error:
         print(f"segbatch: {error}", file=sys.stderr)
+        _let_go(error)
         return error.exit_code
     return 0
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Release what a failed stage held: Prefect keeps its error, and DuckDB complains of what is left at exit."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 if __name__ == "__main__":

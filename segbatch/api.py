@@ -213,7 +213,8 @@ def export(
     out, watch = storage.resolve(out), watch or Silent()
     threads = (options or RunOptions()).engine.threads or len(os.sched_getaffinity(0))
     done = write(registry.format_of(form), masks, samples, out, threads, missing == "skip")
-    skipped = f"; {done.skipped} bad rows left out" if done.skipped else ""
+    skipped = f"; {done.skipped} rows left out that are bad or have no such label" if done.skipped else ""
+    skipped += f"; {done.lacking} good samples have no mask" if done.lacking else ""
     watch.say(f"{done.rows} images in {done.files} files ({done.bytes / 1e6:.1f} MB) below {out}{skipped}")
     return done
 

@@ -1,9 +1,11 @@
 """The command line: argument parsing and terminal output, nothing else."""
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +27,12 @@ app = App(
 
 Sets = Annotated[
     tuple[str, ...], Parameter(name="--set", negative=(), help="Change a setting: key=value, e.g. plan.shard_rows=100.")
+]
+TrainSets = Annotated[
+    tuple[str, ...], Parameter(name="--set", negative=(), help="Change a setting: key=value, e.g. optim.epochs=20.")
+]
+PipelineSets = Annotated[
+    tuple[str, ...], Parameter(name="--set", negative=(), help="Change a setting: key=value, e.g. engine.actors=4.")
 ]
 Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON document on stdout; words go to stderr.")]
 DryRun = Annotated[
@@ -77,15 +85,9 @@ def ingest(
     if dry_run:
         _show_preview(api.preview_ingest(dataset, source, out, **choice), json_)
         return
-    watch = _Terminal()
-    result = api.ingest(
-        dataset,
-        source,
-        out,
-        limits=_limits(max_bad_fraction, fail_fast, strict),
-        watch=watch,
-        **choice,
-    )
+    limits, watch = _limits(max_bad_fraction, fail_fast, strict), _Terminal()
+    with _bad_runs_shown(json_):
+        result = api.ingest(dataset, source, out, limits=limits, watch=watch, **choice)
     _show_run(result, json_, f'segbatch query {out} "SELECT split, count(*) FROM samples GROUP BY 1"')
 
 
@@ -132,16 +134,9 @@ def predict(
     if dry_run:
         _show_preview(api.preview_predict(model, input, out, **choice), json_)
         return
-    watch = _Terminal()
-    result = api.predict(
-        model,
-        input,
-        out,
-        batch_size=_batch_size(batch_size),
-        limits=_limits(max_bad_fraction, fail_fast),
-        watch=watch,
-        **choice,
-    )
+    choice |= {"batch_size": _batch_size(batch_size), "limits": _limits(max_bad_fraction, fail_fast)}
+    with _bad_runs_shown(json_):
+        result = api.predict(model, input, out, watch=_Terminal(), **choice)
     _show_run(result, json_, f'segbatch query {out} "SELECT status, count(*) FROM masks GROUP BY 1"')
 
 
@@ -229,15 +224,9 @@ def import_(
     """
     from segbatch import api
 
-    result = api.import_predictions(
-        format,
-        files,
-        samples,
-        out,
-        limits=_limits(max_bad_fraction, fail_fast),
-        options=_options(set_, engine),
-        watch=_Terminal(),
-    )
+    limits, options = _limits(max_bad_fraction, fail_fast), _options(set_, engine)
+    with _bad_runs_shown(json_):
+        result = api.import_predictions(format, files, samples, out, limits=limits, options=options, watch=_Terminal())
     _show_run(result, json_, f"segbatch evaluate {out} {samples} METRICS")
 
 
@@ -256,7 +245,7 @@ def report(metrics: str, out: str, *, worst: int = 20) -> None:
 
 
 @app.command
-def train(config: str, out: str = "", *, set_: Sets = (), json_: Json = False) -> None:
+def train(config: str, out: str = "", *, set_: TrainSets = (), json_: Json = False) -> None:
     """Train a model on a samples table; the same command resumes from the last checkpoint.
 
     Args:
@@ -274,7 +263,7 @@ def train(config: str, out: str = "", *, set_: Sets = (), json_: Json = False) -
 
 
 @app.command
-def run(config: str, *, set_: Sets = (), json_: Json = False) -> None:
+def run(config: str, *, set_: PipelineSets = (), json_: Json = False) -> None:
     """Ingest, train, predict, evaluate and report in one go; the same command resumes.
 
     Args:
@@ -311,7 +300,9 @@ def retry(
 
     if not failed:
         raise ConfigError("say what to retry", f"segbatch retry {out} --failed")
-    result = api.retry(out, limits=_limits(max_bad_fraction, False), options=_options(set_, engine), watch=_Terminal())
+    limits, options = _limits(max_bad_fraction, False), _options(set_, engine)
+    with _bad_runs_shown(json_):
+        result = api.retry(out, limits=limits, options=options, watch=_Terminal())
     _show_run(result, json_, "")
 
 
@@ -499,6 +490,19 @@ def _show_rows(header: list[str], rows: list[list[str]]) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
 
+@contextlib.contextmanager
+def _bad_runs_shown(as_json: bool) -> Iterator[None]:
+    """The JSON document of a run that ends with exit code 3; the words go to stderr as ever."""
+    from segbatch.jobs import BadRunError
+
+    try:
+        yield
+    except BadRunError as error:
+        if as_json and error.result is not None:
+            _print_json(_run_json(error.result))
+        raise
+
+
 def _show_run(result: "RunResult", as_json: bool, following: str) -> None:
     if as_json:
         _print_json(_run_json(result))
@@ -546,7 +550,7 @@ def _show_catalogue(family: Literal["models", "datasets", "metrics", "formats"],
 
 def _run_json(result: "RunResult") -> dict[str, Any]:
     seconds = {"seconds": round(result.seconds, 3), "start_seconds": round(result.start_seconds, 3)}
-    return {**asdict(result.state), "rows_now": result.rows, **seconds}
+    return {**asdict(result.state), "rows_now": result.rows, "rows_copied": result.copied, **seconds}
 
 
 def _figure_json(figure: Any) -> dict[str, Any]:

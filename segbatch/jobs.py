@@ -17,7 +17,7 @@ from segbatch import schemas, storage, tables
 from segbatch.config import EngineConfig, RunOptions
 from segbatch.engine import Control, make
 from segbatch.errors import BadItemsError, ConfigError, StoppedError
-from segbatch.planning import SELECTED, Preview, preview
+from segbatch.planning import Preview, changed_file, preview
 from segbatch.records import Figure, Outcome, PlanItem, ShardRef
 from segbatch.runs import Run, RunState, Task
 
@@ -69,10 +69,11 @@ class RunResult:
 
     Attributes:
         state: the whole run root: planned, written, bad.
-        rows: rows finished by this call.
+        rows: rows made by this call.
         seconds: wall time of this call's work, from the moment that a worker was ready.
         start_seconds: wall time until a worker was ready: the engine's start and the model's load.
         figures: of an evaluation.
+        copied: good rows that this call took over as they were, because others beside them were made anew.
     """
 
     state: RunState
@@ -80,11 +81,27 @@ class RunResult:
     seconds: float = 0.0
     start_seconds: float = 0.0
     figures: tuple[Figure, ...] = field(default_factory=tuple)
+    copied: int = 0
 
     @property
     def root(self) -> str:
         """URI of the run root."""
         return self.state.root
+
+
+class BadRunError(BadItemsError):
+    """A run with more bad rows than its ``Limits`` allow.
+
+    Args:
+        problem: see ``SegbatchError``.
+        fix: likewise.
+        result: what the verb did all the same, where that is known.
+    """
+
+    def __init__(self, problem: str, fix: str = "", result: RunResult | None = None) -> None:
+        super().__init__(problem, fix)
+        self.args = (problem, fix, result)
+        self.result = result
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +175,11 @@ class Resplit:
             given = ",".join(f"{f:g}" for f in self.fractions)
             raise ConfigError(f"--fractions {given} are not two or three shares that add up to 1", "e.g. .8,.1,.1")
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The splits that it makes."""
+        return _SPLIT_NAMES[: len(self.fractions)]
+
     def split_of(self, item: PlanItem) -> str:
         """The split of an item; items without a group stand for themselves."""
         key = (item.group_id if self.by == "group_id" else "") or item.sample_id
@@ -201,7 +223,7 @@ def ingest_job(
         info=lambda: {
             "name": found.name,
             "source": tree.source,
-            "splits": list(splits or found.splits(tree)),
+            "splits": list(resplit.names if resplit.by else splits or found.splits(tree)),
             "tasks": list(found.tasks),
             "classes": found.classes(tree).to_json(),
         },
@@ -255,8 +277,7 @@ def _first(items: Iterable[PlanItem], limit: int) -> Iterator[PlanItem]:
     """The items that make the first ``limit`` rows; the last one is cut."""
     for item in items:
         if item.rows >= limit:
-            whole = item.rows == limit
-            yield item if whole else replace(item, rows=limit, bytes=item.bytes * limit // item.rows, detail=SELECTED)
+            yield replace(item, rows=limit, bytes=item.bytes * limit // item.rows)
             return
         yield item
         limit -= item.rows
@@ -346,7 +367,8 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
     found = Run(job.out, job.table).document()
     if found is not None:
         Run.open(job.out, job.table, job.verb, job.config)
-    return preview(job.out, job.listing, options.plan, job.complete, job.grouped)
+    listing = tuple if _is_chosen(job) else job.listing
+    return preview(job.out, listing, options.plan, job.complete, job.grouped)
 
 
 # -- carrying a job out ----------------------------------------------------------------------------------------------
@@ -360,25 +382,53 @@ def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, faile
     plan = options.plan.model_copy(update={"shard_rows": 2**31}) if job.unsplit else options.plan
     if failed:
         run.clear_quarantine()
-        rounds = iter([list(run.failed())])
+        rounds, is_described = iter([list(run.failed())]), True
     else:
-        limited = not job.complete and bool(run.plans())  # the first so many were chosen then
-        adopted = limited or run.plan(listing, plan, job.complete, job.grouped) is None
+        adopted = _is_chosen(job) or run.plan(listing, plan, job.complete, job.grouped) is None
         rounds = _rounds(run, adopted)
-    if not storage.exists(tables.service(run.root, "dataset.json")):
-        tables.write_dataset_info(run.root, job.info())
-    rows, seconds, start = (0, 0.0, 0.0)
-    stop = threading.Event()
-    for todo in rounds:
-        if todo and not stop.is_set():
-            done = _work(run, job, todo, limits, options.engine, watch, stop)
-            rows, seconds, start = rows + done[0], seconds + done[1], start + done[2]
-    state = run.finish()
-    watch.say(_summary(state, rows, seconds))
-    if stop.is_set():
-        raise StoppedError(f"stopped after segbatch {job.verb} was done", "run the same command again to go on")
-    _check_bad(state, limits)
-    return RunResult(state, rows, seconds, start)
+        is_described = adopted
+    if not is_described or not storage.exists(tables.service(run.root, "dataset.json")):
+        tables.write_dataset_info(run.root, job.info())  # new inputs may bring new classes
+    done, stop = _Done(), threading.Event()
+    try:
+        for todo in rounds:
+            if todo and not stop.is_set():
+                _work(run, job, todo, limits, options.engine, watch, stop, done)
+        result = done.result(run.finish())
+        watch.say(_summary(result))
+        if stop.is_set():
+            raise StoppedError(f"stopped after segbatch {job.verb} was done", "run the same command again to go on")
+        _check_bad(result.state, limits)
+    except BadItemsError as error:
+        raise BadRunError(error.problem, error.fix, done.result(run.state())) from error
+    return result
+
+
+@dataclass(slots=True)
+class _Done:
+    """What a call of a verb did so far; see ``RunResult``."""
+
+    rows: int = 0
+    copied: int = 0
+    seconds: float = 0.0
+    start_seconds: float = 0.0
+
+    def result(self, state: RunState) -> RunResult:
+        return RunResult(state, self.rows, self.seconds, self.start_seconds, copied=self.copied)
+
+
+def _is_chosen(job: Job) -> bool:
+    """Whether an earlier run has chosen the first so many images already; they stay those.
+
+    Raises:
+        ConfigError: some of them are not done, and their file is another version now.
+    """
+    run = Run(job.out, job.table)
+    if job.complete or not run.plans():
+        return False
+    if changed := changed_file(run.missing()):
+        raise ConfigError(f"{changed} has changed since --limit chose rows of it", "choose a new output")
+    return True
 
 
 def _begun(job: Job) -> Callable[[], Iterable[PlanItem]]:
@@ -418,11 +468,12 @@ def _work(
     config: EngineConfig,
     watch: Watch,
     stop: threading.Event,
-) -> tuple[int, float, float]:
-    """Map the shards; returns rows done, seconds of work, seconds of the engine's start."""
+    done: _Done,
+) -> None:
+    """Map the shards, and add to ``done``."""
     kind = config.kind if config.kind != "auto" else _pick_engine(job, todo)
     engine = make(config.model_copy(update={"kind": kind}))
-    counts = _Counts(watch, job.verb, sum(s.rows for s in todo))
+    counts = _Counts(watch, job.verb, *_rows_to_do(run, todo))
     if kind == "ray":
         watch.say("starting Ray ...")
     control = Control(
@@ -440,13 +491,20 @@ def _work(
                     run.record(outcome)
                     counts.add(outcome)
                     _check_outcome(run, outcome, limits)
-            work_s, start_s = counts.times()
     finally:
+        counts.add_to(done)
         watch.end()
         engine.close()
         storage.sweep_temporary(run.root)
         run.flush()
-    return counts.own, work_s, start_s
+
+
+def _rows_to_do(run: Run, todo: Sequence[ShardRef]) -> tuple[int, bool]:
+    """Rows to make, or to look at where files have changed; and whether those that are copied are none of them."""
+    if todo[0].mode != "retry":
+        return sum(s.rows for s in todo), False
+    outcomes = run.outcomes()
+    return sum(outcomes[s.number].bad for s in todo), True
 
 
 def _check_outcome(run: Run, outcome: Outcome, limits: Limits) -> None:
@@ -469,11 +527,12 @@ def _pick_engine(job: Job, todo: Sequence[ShardRef]) -> Literal["ray", "inline"]
 class _Counts:
     """Adds up outcomes for the progress bar, and takes the time from the moment that a worker is ready."""
 
-    def __init__(self, watch: Watch, what: str, total: int) -> None:
+    def __init__(self, watch: Watch, what: str, total: int, without_copies: bool) -> None:
         self._watch, self._what, self._total = watch, what, total
+        self._without_copies = without_copies
         self._began = time.monotonic()
         self._ready: float | None = None
-        self.rows = self.bad = self.own = 0
+        self._rows = self._bad = self._own = self._copied = 0
 
     def ready(self) -> None:
         """Work begins."""
@@ -481,19 +540,25 @@ class _Counts:
             self._ready = time.monotonic()
             self._watch.begin(self._what, self._total)
 
-    def times(self) -> tuple[float, float]:
-        """Seconds of work, and seconds before it (engine's start, model load)."""
+    def add_to(self, done: _Done) -> None:
+        """Rows of this driver, seconds of work, and seconds before it (engine's start, model load)."""
         ready = self._ready if self._ready is not None else self._began
-        return time.monotonic() - ready, ready - self._began
+        done.rows, done.copied = done.rows + self._own, done.copied + self._copied
+        done.seconds += time.monotonic() - ready
+        done.start_seconds += ready - self._began
 
     def add(self, outcome: Outcome) -> None:
-        self.rows += outcome.rows
-        self.own += 0 if outcome.committed_by_other else outcome.rows
-        self.bad += outcome.bad
-        self._watch.advance(self.rows, self.bad)
+        """A shard is finished."""
+        self._rows += outcome.rows - (outcome.copied if self._without_copies else 0)
+        self._bad += outcome.bad
+        if not outcome.committed_by_other:
+            self._own += outcome.rows - outcome.copied
+            self._copied += outcome.copied
+        self.partial(0)
 
     def partial(self, rows: int) -> None:
-        self._watch.advance(max(rows, self.rows), self.bad)
+        """Rows of all shards, finished or not; of a volume more are made again than were bad."""
+        self._watch.advance(min(max(rows, self._rows), self._total), self._bad)
 
 
 @contextlib.contextmanager
@@ -523,20 +588,22 @@ def _check_bad(state: RunState, limits: Limits) -> None:
             f"{state.bad} of {state.rows} images are bad ({_reasons(state.reasons)}), more than "
             f"--max-bad-fraction {limits.max_bad_fraction:g} allows; every other row is done",
             f'see: segbatch query {state.root} "SELECT * EXCLUDE ({_BULKY[state.table]}) FROM {state.table} '
-            "WHERE status <> 'ok'\"",
+            f"WHERE status <> 'ok'\"; when mended: segbatch retry {state.root} --failed",
         )
 
 
-_BULKY = {"masks": "semantic, class_pixels", "samples": "image, semantic", "state": "joint"}
+_BULKY = {"masks": "semantic, class_pixels", "samples": "image, semantic, instances, panoptic, label_maps", "state": "joint"}
 
 
 def _reasons(reasons: Any) -> str:
     return ", ".join(f"{n} {code}" for code, n in sorted(reasons.items(), key=lambda r: -r[1]))
 
 
-def _summary(state: RunState, rows: int, seconds: float) -> str:
+def _summary(result: RunResult) -> str:
+    state, rows, seconds = result.state, result.rows, result.seconds
     rate = f", {rows / seconds:.1f} images/s" if rows and seconds > 0 else ""
     bad = f", {state.bad} bad ({_reasons(state.reasons)})" if state.bad else ""
     bad += f", issues in good ones: {_reasons(state.issues)}" if state.issues else ""
-    new = f"{rows} done now in {seconds:.1f} s{rate}" if rows else "nothing was left to do"
+    copied = f", {result.copied} kept as they were" if result.copied else ""
+    new = f"{rows} done now in {seconds:.1f} s{rate}{copied}" if rows or copied else "nothing was left to do"
     return f"{state.rows_done} of {state.rows} images in {state.shards} shards{bad}; {new}"

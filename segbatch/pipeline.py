@@ -54,7 +54,7 @@ class PipelineConfig(Config):
     """The file of ``segbatch run``.
 
     Attributes:
-        out: root of all outputs: ``samples/``, ``model/``, ``masks/``, ``metrics/``, ``report.html`` come below it.
+        out: root of all outputs: ``dataset/``, ``model/``, ``masks/``, ``metrics/``, ``report.html`` come below it.
         train: settings of ``segbatch train`` without ``out`` and ``samples``; no training when left out.
         plan, engine: as with ``--set``.
     """
@@ -134,20 +134,38 @@ def ingest_stage(config: PipelineConfig, watch: Watch) -> RunResult:
 
 
 def train_stage(config: PipelineConfig, watch: Watch) -> str:
-    """``segbatch train`` into ``out/model``, if there is a training; returns the model to predict with."""
+    """``segbatch train`` into ``out/model``, if there is a training; returns the model to predict with.
+
+    A finished model is kept when the samples have changed since: whoever wants another one deletes it.
+    """
     settings = config.training()
-    if settings is None:
-        return config.predict.model
-    trained = api.train(settings, watch)
-    return config.predict.model or trained.reference
+    if settings is not None:
+        try:
+            api.train(settings, watch)
+        except ConfigError as error:
+            from segbatch.training.state import SamplesChangedError
+
+            if not isinstance(error, SamplesChangedError):
+                raise
+            watch.say(
+                f"the samples have changed since {settings.out} was trained; it is kept "
+                f"(to train anew, delete it and {config.place('masks')})"
+            )
+    return _model(config)
+
+
+def _model(config: PipelineConfig) -> str:
+    """The model to predict with: the given one, else the trained one."""
+    settings = config.training()
+    trained = f"{settings.model.kind}@{storage.resolve(settings.out)}" if settings is not None else ""
+    return config.predict.model or trained
 
 
 def predict_stage(config: PipelineConfig, watch: Watch) -> RunResult:
     """``segbatch predict`` into ``out/masks``."""
-    stage, settings = config.predict, config.training()
-    model = stage.model or f"{settings.model.kind if settings else ''}@{config.place('model')}"
+    stage = config.predict
     return api.predict(
-        model,
+        _model(config),
         config.place("dataset"),
         config.place("masks"),
         classes=stage.classes,

@@ -28,14 +28,16 @@ if TYPE_CHECKING:
     import duckdb
 
 PART_ROWS = 1_000_000
+_PART_BYTES = 64 << 20
 SELECTED = "selected"
-"""``PlanItem.detail`` of a range of rows that is not the whole file: it cannot follow when the file changes."""
+"""``PlanItem.detail`` of a range of rows that is not the whole file."""
 _INDEX = "shards.parquet"
 _GROUP_ROWS = 4096
 _SMALL = 4096
 _SHARD_ROWS = 256
 _MIN_SHARD_ROWS = 16
 _WANTED_SHARDS = 16
+_LARGEST_GROUP = 512 << 20
 
 _ITEM_FIELDS = [
     pa.field("sample_id", pa.string()),
@@ -173,7 +175,7 @@ def preview(
     planned = sum(s.rows for s in latest_shards(root, "", plans))
     with _changes(root, plans, listing(), complete) as changes:
         new = _measure(cut(changes.new, options, 0, grouped))
-        return Preview(*new, len(changes.rewrites), planned, changes.changed, changes.gone)
+        return Preview(*new, changes.shards, planned, changes.changed, changes.gone)
 
 
 def _measure(cuts: Iterable[_Cut]) -> tuple[int, int, int]:
@@ -200,7 +202,7 @@ def cut(items: Iterable[PlanItem], options: PlanConfig, first: int, grouped: boo
     """Cut a stream of items into shards of at most ``shard_rows`` rows and about ``shard_bytes`` bytes.
 
     Ranges of rows of one Parquet file never share a shard with another file's: readers can zip the two. With
-    ``grouped``, neighbours of one ``group_id`` stay together, and a shard may hold more for that.
+    ``grouped``, neighbours of one ``group_id`` stay together, and a shard may hold more for that, up to 512 MB.
     """
     stream = iter(items)
     head = list(itertools.islice(stream, _SMALL))
@@ -224,7 +226,14 @@ def _units(items: Iterable[PlanItem], limit: int, grouped: bool) -> Iterator[lis
     """What may not be cut: single items, neighbours of one group, pieces of a range of rows."""
     places = itertools.count()
     for _, together in itertools.groupby(items, lambda i: i.group_id if grouped and i.group_id else next(places)):
-        members = list(together)
+        members: list[PlanItem] = []
+        size = 0
+        for member in together:
+            if members and size + member.bytes > _LARGEST_GROUP:
+                yield members
+                members, size = [], 0
+            members.append(member)
+            size += member.bytes
         if members[0].sample_id:
             yield members
         else:
@@ -331,7 +340,8 @@ class _PlanWriter:
         self._written: list[str] = []
 
     def add(self, piece: _Cut) -> None:
-        if self._in_part and self._in_part + len(piece.items) > PART_ROWS:
+        full = self._in_part + len(piece.items) > PART_ROWS or self._item_buffer.tell() > _PART_BYTES
+        if self._in_part and full:
             self._roll()
         rows, size = sum(i.rows for i in piece.items), sum(i.bytes for i in piece.items)
         self._refs.append(
@@ -434,15 +444,37 @@ def items_of(shard: ShardRef) -> list[PlanItem]:
     return found
 
 
+def changed_file(shards: Iterable[ShardRef]) -> str:
+    """The first file that is another version than the one whose rows the shards were to read; empty if there is none.
+
+    Files that are an item each do not count: their rows tell by themselves what was read.
+    """
+    for part, members in itertools.groupby(sorted(shards, key=lambda s: s.part), key=lambda s: s.part):
+        with storage.open_input(part) as source:
+            items = pq.read_table(source, columns=["sample_id", "uri", "etag"], use_threads=False)
+        for row in pa.concat_tables(items.slice(s.start, s.stop - s.start) for s in members).to_pylist():
+            found = None if row["sample_id"] else storage.stat(row["uri"])
+            if not row["sample_id"] and (found is None or found.etag != row["etag"]):
+                return str(row["uri"])
+    return ""
+
+
 # -- what has changed since the plans so far -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Changes:
-    """``new`` is a stream, to be read once; ``rewrites``: shard, its key, its items as they are now."""
+    """Streams, to be read once, one after the other.
 
+    Attributes:
+        rewrites: shard, its key, its items as they are now; ``shards`` of them.
+        new: what no plan has.
+        changed, gone: planned inputs.
+    """
+
+    rewrites: Iterator[tuple[int, str, list[PlanItem]]]
     new: Iterator[PlanItem]
-    rewrites: list[tuple[int, str, list[PlanItem]]]
+    shards: int
     changed: int
     gone: int
 
@@ -482,7 +514,7 @@ def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], co
 def _write_listing(path: Path, items: Iterable[PlanItem]) -> None:
     stream = iter(items)
     with pq.ParquetWriter(path, _ITEMS) as writer:
-        while chunk := list(itertools.islice(stream, 65_536)):
+        while chunk := list(itertools.islice(stream, _GROUP_ROWS)):
             writer.write_table(_items_table([(0, i) for i in chunk]))
 
 
@@ -491,13 +523,16 @@ _LIVE = (
     "CREATE VIEW live AS SELECT p.* FROM planned p JOIN "
     "(SELECT shard, max(plan) AS plan FROM cuts GROUP BY shard) l USING (shard, plan)"
 )
-_DIFFERS = "(l.etag <> p.etag OR l.sample_id <> p.sample_id OR l.split <> p.split OR l.group_id <> p.group_id)"
+_DIFFERS = (
+    "(l.etag <> p.etag OR l.sample_id <> p.sample_id OR l.split <> p.split OR l.group_id <> p.group_id "
+    "OR (p.sample_id <> '' AND (l.rows <> p.rows OR l.detail <> p.detail)))"
+)
 _TOUCHED = (
     "CREATE TABLE touched AS SELECT DISTINCT p.shard FROM live p LEFT JOIN listing l USING (uri) "
     f"WHERE {_DIFFERS} OR (l.uri IS NULL AND ?)"
 )
 _COUNTS = (
-    f"SELECT count(*) FILTER (WHERE {_DIFFERS}), count(*) FILTER (WHERE l.uri IS NULL AND ?) "
+    f"SELECT count(DISTINCT uri) FILTER (WHERE {_DIFFERS}), count(DISTINCT uri) FILTER (WHERE l.uri IS NULL AND ?) "
     "FROM live p LEFT JOIN listing l USING (uri)"
 )
 _TWICE = (
@@ -507,10 +542,24 @@ _TWICE = (
 )
 _COLUMNS = "sample_id, uri, etag, bytes, rows, row_start, detail, group_id, split"
 _NEW = f"SELECT {_COLUMNS} FROM listing ANTI JOIN live USING (uri) ORDER BY ord"
-_REDO = (
-    "SELECT p.shard, l.sample_id, p.uri, l.etag, l.bytes, l.rows, p.rows, p.row_start, coalesce(l.detail, p.detail), "
-    "l.group_id, l.split "
-    "FROM live p JOIN touched USING (shard) LEFT JOIN listing l USING (uri) ORDER BY p.shard, p.ord"
+# Each shard of ranges holds a stretch of its file: from its first row to the next shard's, the last one to the end.
+_STRETCHES = (
+    "CREATE VIEW stretches AS SELECT shard, uri, if(lag(start) OVER file IS NULL, 0, start) AS start, "
+    f"coalesce(lead(start) OVER file, {2**62}) AS stop "
+    "FROM (SELECT shard, uri, min(row_start) AS start FROM live JOIN touched USING (shard) WHERE sample_id = '' "
+    "GROUP BY shard, uri) WINDOW file AS (PARTITION BY uri ORDER BY start)"
+)
+_REDO_ITEMS = (
+    "SELECT shard, l.sample_id, l.uri, l.etag, l.bytes, l.rows, l.row_start, l.detail, l.group_id, l.split "
+    "FROM live p JOIN touched USING (shard) LEFT JOIN listing l USING (uri) WHERE p.sample_id <> '' "
+    "ORDER BY shard, p.ord"
+)
+_REDO_RANGES = (
+    "SELECT shard, l.sample_id, l.uri, l.etag, l.bytes * (least(l.row_start + l.rows, s.stop) - "
+    "greatest(l.row_start, s.start)) // l.rows, least(l.row_start + l.rows, s.stop) - greatest(l.row_start, s.start), "
+    "greatest(l.row_start, s.start), l.detail, l.group_id, l.split "
+    "FROM stretches s LEFT JOIN listing l ON l.uri = s.uri AND l.row_start < s.stop "
+    "AND l.row_start + l.rows > s.start ORDER BY shard, l.row_start"
 )
 
 
@@ -519,18 +568,20 @@ def _query_changes(root: str, plans: Sequence[PlanInfo], db: "duckdb.DuckDBPyCon
     _check_unique([i for (i,) in db.execute(_TWICE, [complete]).fetchall()])
     db.execute(_TOUCHED, [complete])
     changed, gone = db.execute(_COUNTS, [complete]).fetchall()[0]
-    redo = db.execute(_REDO).fetchall()
-    if any(row[8] == SELECTED for row in redo):
-        raise ConfigError(f"the input of {root} has changed under a selection of its rows", "choose a new output")
-    extent = dict(db.execute("SELECT uri, max(row_start) FROM live GROUP BY uri").fetchall()) if redo else {}
-    keys = {s.number: s.key for info in plans for s in shards_of(root, "", info)} if redo else {}
-    return _Changes(_new_items(db), list(_rewrites(redo, keys, extent)), int(changed), int(gone))
+    db.execute(_STRETCHES)
+    (count,) = db.execute("SELECT count(*) FROM touched").fetchall()[0]
+    keys = {s.number: s.key for info in plans for s in shards_of(root, "", info)} if count else {}
+    redo = itertools.chain(_streamed(db, _REDO_ITEMS), _streamed(db, _REDO_RANGES))  # a run has only one of the two
+    new = (PlanItem(*row) for row in _streamed(db, _NEW))
+    return _Changes(_rewrites(redo, keys), new, int(count), int(changed), int(gone))
 
 
-def _new_items(db: "duckdb.DuckDBPyConnection") -> Iterator[PlanItem]:
-    found = db.execute(_NEW)
-    while rows := found.fetchmany(_GROUP_ROWS):
-        yield from (PlanItem(*row) for row in rows)
+def _streamed(db: "duckdb.DuckDBPyConnection", sql: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of a query, a few thousand at a time, over a cursor of their own."""
+    with db.cursor() as cursor:
+        found = cursor.execute(sql)
+        while rows := found.fetchmany(_GROUP_ROWS):
+            yield from rows
 
 
 def _local_copies(root: str, plans: Sequence[PlanInfo], scratch: Path) -> list[tuple[int, Path]]:
@@ -547,20 +598,7 @@ def _local_copies(root: str, plans: Sequence[PlanInfo], scratch: Path) -> list[t
     return found
 
 
-def _rewrites(
-    rows: Sequence[tuple[Any, ...]], keys: dict[int, str], extent: dict[str, int]
-) -> Iterator[tuple[int, str, list[PlanItem]]]:
-    """Shards to redo: vanished items dropped, changed ones with their new tag; row ranges follow the file's new end."""
+def _rewrites(rows: Iterable[tuple[Any, ...]], keys: dict[int, str]) -> Iterator[tuple[int, str, list[PlanItem]]]:
+    """Shards to redo with their items as they are now; a vanished item is a row of nulls."""
     for shard, group in itertools.groupby(rows, key=lambda r: int(r[0])):
-        items = []
-        for _, sample_id, uri, etag, size, rows_now, rows_then, start, detail, group_id, split in group:
-            if etag is None:
-                continue
-            if sample_id:
-                items.append(PlanItem(sample_id, uri, etag, size, rows_now, 0, detail, group_id, split))
-                continue
-            is_last = start == extent[uri]
-            stop = rows_now if is_last else min(start + rows_then, rows_now)
-            if stop > start:
-                items.append(PlanItem("", uri, etag, size, stop - start, start, detail))
-        yield shard, keys[shard], items
+        yield shard, keys[shard], [PlanItem(*item) for _, *item in group if item[1] is not None]

@@ -154,6 +154,7 @@ class Outcome:
         bad: rows whose status is not ok.
         reasons: bad rows by status.
         issues: complaints about annotations of rows that are good all the same, by code.
+        copied: good rows that were taken over from the result that was there.
         bytes_out: size of the result file.
         seconds: wall time by stage (``decode``, ``model``, ``encode``, ``write``), and ``total``.
         committed_by_other: another driver had committed the same shard first.
@@ -170,6 +171,7 @@ class Outcome:
     committed_by_other: bool = False
     etag: str = ""
     issues: Mapping[str, int] = field(default_factory=dict)
+    copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)

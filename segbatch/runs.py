@@ -167,7 +167,7 @@ class Run:
             listing: gives the input as it is now, streamed; called again when another driver published first.
             options: how to cut shards.
             complete: ``listing`` gives the whole input, so that planned items which it lacks have vanished.
-            grouped: neighbours of one ``group_id`` never lie in different shards.
+            grouped: neighbours of one ``group_id`` in one listing lie in one shard; see ``planning.cut``.
         """
         return planning.publish(self.root, self.table, listing, options, complete, grouped)
 
@@ -346,6 +346,7 @@ def commit(
     seconds: Mapping[str, float],
     extra: Mapping[str, str] | None = None,
     basis: str = "",
+    copied: int = 0,
 ) -> Outcome:
     """Publish a shard's result so that it is there once and whole, whoever else tries.
 
@@ -355,6 +356,7 @@ def commit(
         seconds: wall time by stage.
         extra: more key-value pairs for the footer.
         basis: tag of the result that rows were copied from (mode ``retry``); another one by now wins.
+        copied: how many they are.
 
     Raises:
         EngineError: the rows are not those that were planned, or the key holds something else.
@@ -369,6 +371,7 @@ def commit(
         "segbatch.attempt": uuid.uuid4().hex,
         "segbatch.rows": str(writer.rows),
         "segbatch.bad": str(writer.bad),
+        "segbatch.copied": str(copied),
         "segbatch.reasons": json.dumps(dict(writer.reasons)),
         "segbatch.issues": json.dumps(dict(writer.issues)),
         "segbatch.seconds": json.dumps({k: round(v, 4) for k, v in seconds.items()}),
@@ -427,6 +430,7 @@ def _outcome(shard: ShardRef, footer: Mapping[str, str], found: ObjectInfo) -> O
         bytes_out=found.size,
         seconds=json.loads(footer.get("segbatch.seconds", "{}")),
         etag=found.etag,
+        copied=int(footer.get("segbatch.copied", 0)),
     )
 
 

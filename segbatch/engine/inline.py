@@ -36,15 +36,17 @@ class InlineEngine:
         first = next(stream, None)
         if first is None:
             return
-        _check_stop(control)
         worker = task.open(self._config.threads or os.cpu_count() or 1, NullJournal())
         failures = Failures(self._config.attempts)
         waiting: deque[Future[Outcome | None]] = deque()
         with contextlib.closing(worker), ThreadPoolExecutor(_SHARDS_AT_A_TIME, "shard") as pool:
             control.on_ready()
+            stopped = False
             try:
                 for shard in itertools.chain([first], stream):
-                    _check_stop(control)
+                    stopped = control.stop.is_set()
+                    if stopped:
+                        break
                     waiting.append(pool.submit(_run, worker, shard, control, failures))
                     if len(waiting) >= _SHARDS_AT_A_TIME:
                         yield from _finished(waiting.popleft(), worker, control)
@@ -54,12 +56,9 @@ class InlineEngine:
                 for future in waiting:
                     future.cancel()
                 raise
+        if stopped:
+            raise StoppedError("stopped before the end", "run the same command again to go on")
         failures.check()
-
-
-def _check_stop(control: Control) -> None:
-    if control.stop.is_set():
-        raise StoppedError("stopped before the end", "run the same command again to go on")
 
 
 def _finished(future: Future[Outcome | None], worker: Worker, control: Control) -> Generator[Outcome]:

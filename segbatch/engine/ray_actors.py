@@ -4,9 +4,11 @@ Ray never retries anything here. The driver counts attempts, replaces dead actor
 flight at a death in a process of their own, and quarantines the one that kills. Only ShardRefs and Outcomes travel.
 """
 
+import contextlib
 import logging
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections import deque
@@ -140,6 +142,7 @@ class RayEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._owns_ray = False
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Connect to Ray or start a local one.
@@ -169,13 +172,15 @@ class RayEngine:
         if address:
             ray.init(address=address, **options)
             return
-        ray.init(
-            address="local",  # never somebody else's that happens to run on this machine
-            num_cpus=max(os.cpu_count() or 1, 2),  # an actor and one CPU that stays free
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **options,
-        )
+        with _sessions_of_their_own() as leaders:
+            ray.init(
+                address="local",  # never somebody else's that happens to run on this machine
+                num_cpus=max(os.cpu_count() or 1, 2),  # an actor and one CPU that stays free
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **options,
+            )
+        self._guard = _guard(leaders)
 
     def _check_versions(self) -> None:
         for node in _nodes():
@@ -195,6 +200,10 @@ class RayEngine:
 
     def close(self) -> None:
         """Stop the local Ray, or leave the cluster as it was found."""
+        if self._guard is not None:
+            self._guard.kill()  # before the process ids may belong to others
+            self._guard.communicate()
+            self._guard = None
         if self._owns_ray and ray.is_initialized():
             ray.shutdown()
         self._owns_ray = False
@@ -297,9 +306,10 @@ class _Driver:
                 self._raised(shard, error)
                 continue
             del slot.running[reference]
+            worked = outcome.rows - outcome.copied
             if not outcome.committed_by_other:
-                slot.committed += outcome.rows
-            self._rows += outcome.rows
+                slot.committed += worked
+            self._rows += worked
             self._progress_at = time.monotonic()
             yield outcome
 
@@ -461,6 +471,45 @@ class _Driver:
         while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < until:
             time.sleep(0.01)
         self._slots = []
+
+
+@contextlib.contextmanager
+def _sessions_of_their_own() -> Iterator[list[int]]:
+    """Ray's processes that start meanwhile lead sessions of their own; gives their process ids.
+
+    A signal to the driver's process group, which is how Prefect cancels a run, then reaches the driver alone, and the
+    actors live on while it drains.
+    """
+    from ray._private import services
+
+    popen, leaders = services.ConsolePopen, []
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        process = popen(*arguments, start_new_session=True, **options)
+        leaders.append(process.pid)
+        return process
+
+    services.ConsolePopen = start  # type: ignore[assignment,misc]
+    try:
+        yield leaders
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
+
+
+def _guard(leaders: Sequence[int]) -> "subprocess.Popen[bytes]":
+    """A process that outlives the driver by a moment: however that ends, the groups of ``leaders`` are killed.
+
+    Ray ties its daemons to the driver's life, but their own children linger for a minute.
+    """
+    groups = [f"-{pid}" for pid in leaders]
+    command = ["sh", "-c", 'read _; kill -KILL "$@"', "guard", *groups]  # ``read`` ends with the driver's pipe
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def layout(node_cpus: Sequence[int], wanted: int = 0) -> tuple[int, int]:

@@ -24,12 +24,13 @@ _TASK_COLUMN = {"semantic": "semantic", "instance": "instances", "panoptic": "pa
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: rows, files and their bytes, and rows that were left out because they are bad."""
+    """What was written: rows, files and their bytes; bad rows that were left out; good samples without any row."""
 
     rows: int
     files: int
     bytes: int
     skipped: int
+    lacking: int = 0
 
 
 class Folder:
@@ -77,7 +78,7 @@ def export(form: Format, masks: str, samples: str, out: str, threads: int, skip_
     form.write(source.rows(), tables.class_table(tables.root_of(samples, "samples")), folder)
     if source.skipped and not source.written:
         raise ConfigError(f"{masks} has no row that format {form.name} can hold", f"the first: {source.first_skipped}")
-    return Exported(source.written, folder.files, folder.bytes, source.skipped)
+    return Exported(source.written, folder.files, folder.bytes, source.skipped, source.lacking())
 
 
 class _Source:
@@ -125,6 +126,12 @@ class _Source:
         if self._masks:
             raise ConfigError(f"{labels.text('sample_id')} has no {self._column}", f"format {self._name} needs them")
         return f"it has no {self._column}"
+
+    def lacking(self) -> int:
+        """Good samples that the masks table has no row for: perhaps they were not selected."""
+        status = (b.column("status").to_pylist() for b in tables.scan(self._samples, "samples", ("status",)))
+        good = sum(s == OK for batch in status for s in batch)
+        return max(good - self.written - self.skipped, 0) if self._masks else 0
 
     def _skip(self, sample_id: str, reason: str) -> None:
         if not self._skip_bad:

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 import pyarrow as pa
 
 from segbatch import schemas, storage, tables
-from segbatch.errors import DataError, StorageError
+from segbatch.errors import DataError, EngineError, SegbatchError, StorageError
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.runs import Journal, commit, items_of
 from segbatch.stages.allocator import keep_freed_pages
@@ -81,17 +81,15 @@ class ItemWorker(Generic[R]):
         seconds = {"decode": 0.0, "encode": 0.0}
         items = items_of(shard)
         there = storage.stat(shard.uri) if shard.mode == "retry" else None
-        source = (
-            self._redone(shard, items, skip, seconds) if there is not None else self._fresh(shard, items, skip, seconds)
-        )
-        for batch in source:
+        copied: list[int] = []
+        arguments = shard, items, skip, seconds
+        for batch in self._fresh(*arguments) if there is None else self._redone(*arguments, copied):
             began = time.perf_counter()
             writer.write(batch)
             seconds["encode"] += time.perf_counter() - began
-            with self._lock:
-                self._rows_done += batch.num_rows
+        seconds["total"] = time.perf_counter() - started
         basis = there.etag if there is not None else ""
-        return commit(shard, writer, {**seconds, "total": time.perf_counter() - started}, basis=basis)
+        return commit(shard, writer, seconds, basis=basis, copied=sum(copied))
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Read one item and make its rows, without writing; see ``runs.Worker``."""
@@ -114,24 +112,32 @@ class ItemWorker(Generic[R]):
             batch = self._source.batch(group)
             seconds["decode"] += read - began
             seconds["encode"] += time.perf_counter() - read
+            with self._lock:
+                self._rows_done += batch.num_rows
             yield batch
             began = time.perf_counter()
 
     def _redone(
-        self, shard: ShardRef, items: Sequence[PlanItem], skip: Mapping[str, str], seconds: dict[str, float]
+        self,
+        shard: ShardRef,
+        items: Sequence[PlanItem],
+        skip: Mapping[str, str],
+        seconds: dict[str, float],
+        copied: list[int],
     ) -> Iterator[pa.RecordBatch]:
-        """The part that is there, its bad items read again: all rows of a volume where one is bad."""
+        """The part that is there, its bad items read again: all rows of a volume where one is bad.
+
+        ``copied`` takes the counts of the other rows.
+        """
         batches = tables.batches(shard.uri, shard.table, ("status",))
         status = [s for batch in batches for s in batch.column("status").to_pylist()]
-        first = 0
-        for item, is_good in _judged(items, status):
+        there = tables.batches(shard.uri, shard.table, batch_rows=_BATCH_ROWS)
+        for members, is_good, rows in _stretches(_judged(items, status), there):
             if is_good:
-                last = first + sum(i.rows for i in item)
-                for batch in tables.batches(shard.uri, shard.table, None, first, last, _BATCH_ROWS):
-                    yield batch.select(schemas.TABLES[shard.table].names)
-            else:
-                yield from self._fresh(shard, item, skip, seconds)
-            first += sum(i.rows for i in item)
+                copied.append(rows.num_rows)
+                yield rows.select(schemas.TABLES[shard.table].names)
+            elif members:
+                yield from self._fresh(shard, members, skip, seconds)
 
     def _rows(self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str]) -> Iterator[R]:
         """Rows in the order of ``items``.
@@ -180,8 +186,28 @@ class ItemWorker(Generic[R]):
                 raise
             unreadable = DataError(error.problem, error.fix, UNREADABLE)
             yield from (self._source.bad(item, unreadable, i) for i in range(done, item.rows))
+        except SegbatchError:
+            raise
+        except Exception as error:
+            problem = f"{item.sample_id} ({item.uri}): {type(error).__name__}: {error}"
+            raise EngineError(problem, "this looks like a bug, please report it") from error
         finally:
             self._journal.clear(slot)
+
+
+def _stretches(
+    judged: Iterable[tuple[list[PlanItem], bool]], batches: Iterator[pa.RecordBatch]
+) -> Iterator[tuple[list[PlanItem], bool, pa.RecordBatch]]:
+    """Stretches of items with their rows of the part, which is read once; a bad stretch's items come with its first."""
+    batch, used = next(batches), 0
+    for members, is_good in judged:
+        left = sum(i.rows for i in members)
+        while left:
+            if used == batch.num_rows:
+                batch, used = next(batches), 0
+            count = min(left, batch.num_rows - used)
+            yield members, is_good, batch.slice(used, count)
+            members, left, used = [], left - count, used + count
 
 
 def _judged(items: Sequence[PlanItem], status: Sequence[str]) -> Iterator[tuple[list[PlanItem], bool]]:

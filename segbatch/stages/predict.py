@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -39,12 +39,12 @@ _ROWS_PER_BATCH = 64
 _READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
 _PHOTOS_AHEAD = 32  # bytes that wait for a codec thread
 _CHUNK = 4  # photos that go through the threads together: fewer hand-overs, while little waits
-_SAMPLE_COLUMNS = ["sample_id", "group_id", "image", "image_uri", "etag", "status"]
+_SAMPLE_COLUMNS = ["sample_id", "group_id", "image", "image_format", "image_uri", "etag", "status", "volume.index"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Photo:
-    """One input: its bytes, or (None) where to read them; ``status`` not ok means that ingest rejected it."""
+    """One input: its bytes, or (None) where to read them; with a ``status`` that is not ok there is none, ``why``."""
 
     sample_id: str
     group_id: str | None
@@ -52,6 +52,7 @@ class _Photo:
     etag: str
     data: bytes | None = None
     status: str = OK
+    why: str = "rejected at ingest; see the sample's issues"
 
 
 @dataclass(slots=True)
@@ -141,12 +142,14 @@ class PredictWorker:
         writer = tables.PartWriter("masks")
         items = items_of(shard)
         there = storage.stat(shard.uri) if shard.mode != "create" else None
-        rows = self._renew if there is not None else self._batches
-        for batch in rows(shard, _photos(items), skip, seconds):
+        copied: list[int] = []
+        arguments = shard, _photos(items), skip, seconds
+        for batch in self._batches(*arguments) if there is None else self._renew(*arguments, copied):
             writer.write(batch)
         seconds["total"] = time.perf_counter() - started
         basis = there.etag if there is not None else ""
-        return commit(shard, writer, seconds, {"segbatch.source": _source_of(items)}, basis)
+        source = {"segbatch.source": _source_of(items)}
+        return commit(shard, writer, seconds, source, basis, sum(copied))
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Decode, predict and encode one sample, without writing."""
@@ -198,7 +201,7 @@ class PredictWorker:
             if row.photo.sample_id in skip:
                 row.fail("quarantined", skip[row.photo.sample_id])
             elif row.photo.status != OK:
-                row.fail(row.photo.status, "rejected at ingest; see the sample's issues")
+                row.fail(row.photo.status, row.photo.why)
             else:
                 self._read_one(row)
             row.seconds["read"] = time.perf_counter() - started
@@ -285,21 +288,26 @@ class PredictWorker:
     # -- rows that are there already --------------------------------------------------------------------------
 
     def _renew(
-        self, shard: ShardRef, photos: Iterable[_Photo], skip: Mapping[str, str], seconds: dict[str, float]
+        self,
+        shard: ShardRef,
+        photos: Iterable[_Photo],
+        skip: Mapping[str, str],
+        seconds: dict[str, float],
+        copied: list[int],
     ) -> Iterator[pa.RecordBatch]:
         """Rows of ``photos`` in order: good rows of the result that is there are copied, the others predicted.
 
-        A retry copies every good row; a rewrite only those whose file is as it was.
+        A retry copies every good row; a rewrite only those whose file is as it was. ``copied`` takes their counts.
         """
         with _Present(shard.uri) as present:
-            for copied, group in itertools.groupby(photos, lambda p: present.position(p, shard.mode) is not None):
-                if not copied:
+            for is_there, group in itertools.groupby(photos, lambda p: present.position(p, shard.mode) is not None):
+                if not is_there:
                     chosen = (_as_it_is(p) if shard.mode == "retry" else p for p in group)
                     yield from self._batches(shard, chosen, skip, seconds)
                     continue
                 for chunk in _chunks(group, _ROWS_PER_BATCH):
                     yield present.rows([p for p in (present.position(c, shard.mode) for c in chunk) if p is not None])
-                    self._count(len(chunk))
+                    copied.append(len(chunk))
 
 
 class _Present:
@@ -371,10 +379,17 @@ def _photos(items: Sequence[PlanItem]) -> Iterator[_Photo]:
             continue
         rows = (item.row_start, item.row_start + item.rows)
         for batch in tables.batches(item.uri, "samples", _SAMPLE_COLUMNS, *rows):
-            for row in batch.to_pylist():
-                yield _Photo(
-                    row["sample_id"], row["group_id"], row["image_uri"], row["etag"], row["image"], row["status"]
-                )
+            yield from map(_photo, batch.to_pylist())
+
+
+def _photo(row: Mapping[str, Any]) -> _Photo:
+    """The photo of a samples row."""
+    found = _Photo(row["sample_id"], row["group_id"], row["image_uri"], row["etag"], row["image"], row["status"])
+    if found.status == OK and row["volume"] is not None:
+        return replace(found, status="volume", why="a slice of a CT volume: models of photos cannot read it")
+    if found.status == OK and row["image_format"] is None:
+        return replace(found, status="labels-only", why="its labels were ingested without their photo")
+    return found
 
 
 def _ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from segbatch.config import Config
-from segbatch.models.config import ColorConfig, Size, UNetConfig
+from segbatch.models.config import ModelConfig, Size, UNetConfig
 
 
 class DataConfig(Config):
@@ -91,7 +91,7 @@ class TrainConfig(Config):
     val_split: str = ""
     val_every_epochs: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0)
-    model: Annotated[UNetConfig | ColorConfig, Field(discriminator="kind")] = UNetConfig()
+    model: Annotated[ModelConfig, Field(discriminator="kind")] = UNetConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint_every_s: float = Field(default=30.0, ge=0)
@@ -99,7 +99,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.model.kind == "unet" and not (self.optim.epochs or self.optim.max_minutes):
+        if self.model.kind != "color" and not (self.optim.epochs or self.optim.max_minutes):
             raise ValueError("the training has no end: set optim.epochs or optim.max_minutes")
         return self
 

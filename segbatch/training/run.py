@@ -15,7 +15,6 @@ from segbatch.models import checkpoint
 from segbatch.models.architectures import ARCHITECTURES
 from segbatch.models.base import ModelSpec
 from segbatch.models.color import ColorTable
-from segbatch.models.config import UNetConfig
 from segbatch.training import state
 from segbatch.training.config import TrainConfig
 from segbatch.training.network import NetworkTraining
@@ -43,7 +42,7 @@ def train(
         should_stop: asked after every step; True writes a checkpoint and ends.
 
     Raises:
-        ConfigError: no such samples, another training in the same folder, a broken checkpoint.
+        ConfigError: no such samples, another training in the same folder, a broken checkpoint; see ``state.claim``.
         DataError: a sample without a label map, or broken; named.
         EngineError: the loss is not a number.
         StoppedError: ``should_stop`` said so.
@@ -108,12 +107,9 @@ class _Run:
 
     def network(self, report: Report, should_stop: Callable[[], bool]) -> TrainResult:
         """Gradient descent."""
-        from segbatch.models.unet import UNet, load_pretrained
-
         model = self._config.model
         net = self._architecture.build(model, len(self._samples.classes.classes))
-        if isinstance(net, UNet) and isinstance(model, UNetConfig) and model.encoder and model.pretrained:
-            load_pretrained(net)
+        self._architecture.begin(net, model)
         training = NetworkTraining(self._config, net, self._input, self._samples, self._out, self._digest)
         begun = training.resume()
         self._samples.preload()

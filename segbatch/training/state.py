@@ -11,17 +11,24 @@ import torch
 from segbatch import storage, tables
 from segbatch.config import differences
 from segbatch.errors import ConfigError, ObjectExists, ObjectMissing
-from segbatch.models.checkpoint import read_state
+from segbatch.models.checkpoint import MODEL_FILE, read_state
 
 FORMAT = 1
+_SAMPLES = ("samples", "val_samples")
 _KEYS = {"format", "digest", "step", "cpu_s", "net", "average", "optimizer", "rng", "log", "losses"}
+
+
+class SamplesChangedError(ConfigError):
+    """The model is finished; since then samples were added, changed or removed."""
 
 
 def claim(out: str, content: dict[str, Any]) -> None:
     """Write what decides the result to ``.segbatch/config.json``, or check that the same is there.
 
     Raises:
-        ConfigError: ``out`` belongs to another training, with the differences.
+        SamplesChangedError: ``out`` holds the finished model of the same training on other samples.
+        ConfigError: ``out`` belongs to another training, with the differences, or to an unfinished one on other
+            samples.
     """
     uri = tables.service(out, "config.json")
     content = json.loads(json.dumps(content))
@@ -33,10 +40,25 @@ def claim(out: str, content: dict[str, Any]) -> None:
         except ValueError as error:
             raise ConfigError(f"{uri} is not JSON: {error}", "choose another OUT") from error
         if found != content:
-            lines = differences(found, content) if isinstance(found, dict) else ["another kind of run"]
-            raise ConfigError(
-                f"{out} holds another training: {'; '.join(lines[:5])}", "choose another OUT, or undo the change"
-            ) from None
+            raise _refusal(out, found, content) from None
+
+
+def _refusal(out: str, found: Any, content: dict[str, Any]) -> ConfigError:
+    """Why a training cannot have the folder of another."""
+    lines = differences(found, content) if isinstance(found, dict) else ["another kind of run"]
+    if any(line.partition(":")[0] not in _SAMPLES for line in lines):
+        return ConfigError(
+            f"{out} holds another training: {'; '.join(lines[:5])}", "choose another OUT, or undo the change"
+        )
+    if storage.exists(storage.join(out, MODEL_FILE)):
+        return SamplesChangedError(
+            f"{out} holds a model, and its samples have changed since it was trained",
+            "choose another OUT, or delete it to train anew",
+        )
+    return ConfigError(
+        f"{out} holds an unfinished training, and its samples have changed since it began",
+        "delete it to begin anew, or undo the change to go on",
+    )
 
 
 class CpuClock:

@@ -156,11 +156,11 @@ def test_the_next_night_does_only_what_is_new(config: str, shelves: Path, tmp_pa
     nightly.nightly(config, change)
     before = {p.uri: p.etag for p in tables.parts(place(config, "masks") + "/masks")}
     for folder, suffix in (("images", ".jpg"), ("masks", ".png")):
-        (copy / folder / "val" / f"new{suffix}").write_bytes(
-            (copy / folder / "val" / f"shelf_0005{suffix}").read_bytes()
-        )
+        photo = (copy / folder / "val" / f"shelf_0005{suffix}").read_bytes()
+        for split in ("train", "val"):  # the model was trained without the new one, and is kept
+            (copy / folder / split / f"new{suffix}").write_bytes(photo)
     headline = nightly.nightly(config, change)
-    assert isinstance(headline, dict) and headline["images_scored"] == 16
+    assert isinstance(headline, dict) and headline["images_scored"] == 17
     after = {p.uri: p.etag for p in tables.parts(place(config, "masks") + "/masks")}
     assert before.items() < after.items() and len(after) == len(before) + 1
 
@@ -263,7 +263,7 @@ def test_sigterm_finishes_the_shard_and_the_next_run_goes_on(
     with pytest.raises(CancelledRun, match="stopped before the end"):
         nightly.nightly(config)
     assert calls == ["ingest", "train", "predict"]
-    assert len(created) == 1
+    assert len(created) == 2  # as many are in flight at a time
     assert isinstance(nightly.nightly(config), dict)
     assert len(created) == len(set(created)) == 4
 
@@ -276,6 +276,16 @@ def test_as_a_script(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert storage.exists(place(config, "report.html"))
     assert nightly.main([config, "--set", "report.wurst=2"]) == 2
     assert "did you mean worst?" in capsys.readouterr().err
+
+
+def test_a_failure_ends_with_its_line(config: str, prefect_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, PROJECT / "flows" / "nightly.py", config, "--set", "predict.where=nonsense"],
+        cwd=PROJECT, env={**os.environ, "PREFECT_API_URL": prefect_url, "PYTHONPATH": str(PROJECT)},
+        capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("segbatch: --where nonsense: Binder Error"), done.stderr
 
 
 def test_the_example_is_valid() -> None:

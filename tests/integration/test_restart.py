@@ -1,5 +1,6 @@
 """Restarts, several drivers, and inputs that change: every image once, and nothing done twice."""
 
+import contextlib
 import json
 import os
 import signal
@@ -56,7 +57,17 @@ def driver(double: doubles.FreeModel, source: Path, out: Path, kind: str = "ray"
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """Whether none of them runs any more; one whose parent does not ask for its end counts as gone."""
+    running = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            running += [process] if process.status() != psutil.STATUS_ZOMBIE else []
+    return running == []
 
 
 def assert_every_image_once(source: Path, out: Path) -> None:
@@ -69,13 +80,16 @@ def parts_of(out: Path) -> int:
 
 
 @pytest.mark.ray
-def test_killed_driver(tmp_path: Path, ray_session: Path) -> None:
+@pytest.mark.parametrize("group", [False, True])
+def test_killed_driver(tmp_path: Path, ray_session: Path, group: bool) -> None:
     source, out, log, later = photos.folder(tmp_path / "in", 96), tmp_path / "out", tmp_path / "log", tmp_path / "later"
     process = driver(doubles.SlowModel(str(log), 0.1), source, out)
     wait_for(lambda: parts_of(out) >= 2 or process.poll() is not None)
-    process.kill()
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert "raylet" in {p.name() for p in started}
+    os.killpg(process.pid, signal.SIGKILL) if group else process.kill()
     process.communicate()
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in doubles.loads(log)))
+    wait_for(lambda: gone(started), 30.0)
     before = photos.part_times(out)
     assert 2 <= len(before) < 12
 
@@ -88,18 +102,24 @@ def test_killed_driver(tmp_path: Path, ray_session: Path) -> None:
 
 
 @pytest.mark.ray
-def test_terminated_driver_drains(tmp_path: Path, ray_session: Path) -> None:
-    source, out, later = photos.folder(tmp_path / "in", 64), tmp_path / "out", tmp_path / "later"
-    process = driver(doubles.SlowModel(seconds=0.1), source, out)
+@pytest.mark.parametrize("group", [False, True])
+def test_terminated_driver_drains(tmp_path: Path, ray_session: Path, group: bool) -> None:
+    """Prefect and ``timeout`` signal the whole process group: Ray's daemons must not die before the driver."""
+    source, out, log, later = photos.folder(tmp_path / "in", 64), tmp_path / "out", tmp_path / "log", tmp_path / "later"
+    process = driver(doubles.SlowModel(str(log), 0.4), source, out)
     wait_for(lambda: parts_of(out) >= 1 or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM) if group else process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=180)
+    assert time.time() - max(photos.part_times(out).values()) / 1e9 < 10.0  # 13 s where nobody is left to be waited for
     assert process.returncode == 1, said
     assert "segbatch: stopped before the end (run the same command again to go on)" in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and "died" not in said
     before = parts_of(out)
     assert 1 <= before < 8
+    assert doubles.images_seen(log) == SHARD * before  # what was in flight is there, not only begun
     photos.assert_clean(out)
+    wait_for(lambda: gone(started), 30.0)
 
     assert doubles.predict(doubles.FreeModel(str(later)), source, out).rows == 64 - SHARD * before
     assert doubles.images_seen(later) == 64 - SHARD * before

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import doubles
 import generators
+import photos
 import pytest
 
 from segbatch import api, tables
@@ -29,20 +30,81 @@ def count_photos(folder: Path) -> int:
     return sum(not any(part.startswith(".") for part in path.parts) for path in found)
 
 
-def ingest(tree: Path, out: Path) -> None:
-    api.ingest("image-masks", str(tree), str(out), options=RunOptions(engine=EngineConfig(kind="inline")))
+def ingest(tree: Path, out: Path, shard_rows: int = 0) -> None:
+    options = RunOptions(engine=EngineConfig(kind="inline"), plan=PlanConfig(shard_rows=shard_rows))
+    api.ingest("image-masks", str(tree), str(out), options=options)
 
 
-def test_a_selection_does_not_follow_a_table_that_changed(tmp_path: Path) -> None:
-    tree = generators.image_masks(tmp_path / "tree", count=6)
-    ingest(tree, tmp_path / "samples")
-    assert predict(tmp_path / "samples", tmp_path / "masks", "split = 'val'") == 6
-    photo = next((tree / "images" / "train").iterdir())
-    generators.save(photo, generators.photo(99))
-    ingest(tree, tmp_path / "samples")
-    with pytest.raises(ConfigError, match="changed under a selection"):
-        predict(tmp_path / "samples", tmp_path / "masks", "split = 'val'")
-    assert sum(b.num_rows for b in tables.scan(str(tmp_path / "masks"), "masks", ["sample_id"])) == 6
+WHERE = "regexp_matches(sample_id, '[02589]$')"
+
+
+@pytest.mark.parametrize("shard_rows", [2, 100])
+def test_a_selection_follows_a_table_that_changes(tmp_path: Path, shard_rows: int) -> None:
+    """Every selected sample has one mask, and no image goes through the model that has not changed."""
+    tree = generators.image_masks(tmp_path / "tree", count=10)
+    (tree / "classes.toml").write_text(generators.CLASSES_TOML.replace("floor", "dark").replace("cart", "both"))
+    samples, masks, log = tmp_path / "samples", tmp_path / "masks", tmp_path / "log"
+    options = RunOptions(engine=EngineConfig(kind="inline"), plan=PlanConfig(shard_rows=shard_rows))
+
+    def night(out: Path = masks) -> tuple[int, set[str], dict[str, float | None]]:
+        """Images through the model, masks, figures."""
+        before = doubles.images_seen(log)
+        ingest(tree, samples, 7)
+        result = api.predict(doubles.FreeModel(str(log)), str(samples), str(out), where=WHERE, options=options)
+        found = photos.rows(out)
+        seen = doubles.images_seen(log) - before
+        assert (result.rows, result.state.rows) == (seen, len(found))
+        figures = api.evaluate(str(out), str(samples), f"{out}-metrics", missing="skip", options=options).figures
+        return seen, set(found), {f"{f.metric} {f.class_name}": f.value for f in figures}
+
+    chosen = {f"{split}/item_{i}" for split in ("train", "val") for i in (0, 2, 5, 8, 9)}
+    assert night()[:2] == (10, chosen)
+    generators.save(tree / "images" / "val" / "item_40.png", generators.photo(40))
+    generators.save(tree / "masks" / "val" / "item_40.png", generators.labels(40, (0, 3)))
+    chosen |= {"val/item_40"}
+    assert night()[:2] == (1, chosen)
+    os.utime(tree / "images" / "train" / "item_2.png", (1, 1))  # touched
+    os.utime(tree / "images" / "train" / "item_3.png", (1, 1))  # touched, and not chosen
+    assert night()[:2] == (1, chosen)
+    generators.save(tree / "masks" / "val" / "item_8.png", generators.labels(77, (0, 3)))  # labelled again
+    assert night()[:2] == (1, chosen)
+    for folder in ("images", "masks"):
+        (tree / folder / "train" / "item_1.png").unlink()  # not chosen: others move up
+        (tree / folder / "val" / "item_9.png").unlink()
+    chosen -= {"val/item_9"}
+    seen, found, figures = night()
+    across = 2 if shard_rows == 2 else 0  # rows that moved up to the shard before theirs
+    assert found == chosen and seen <= across
+    assert night() == (0, chosen, figures)
+    assert night(tmp_path / "anew") == (len(chosen), chosen, figures)
+    for i in (0, 2, 5, 8, 9):
+        for folder in ("images", "masks"):
+            (tree / folder / "train" / f"item_{i}.png").unlink()
+    seen, found, _ = night()
+    assert found == {i for i in chosen if i.startswith("val")} and seen <= across
+
+
+def test_a_limit_is_chosen_once(tmp_path: Path) -> None:
+    tree, samples, masks = generators.image_masks(tmp_path / "tree", count=6), tmp_path / "samples", tmp_path / "masks"
+    ingest(tree, samples)
+    with pytest.raises(doubles.Stop):
+        api.predict(doubles.StopAfter(images=4), str(samples), str(masks), limit=8, options=INLINE)
+    done = sum(b.num_rows for b in tables.scan(str(masks), "masks", ["sample_id"]))
+    assert 0 < done < 8
+    (tree / "images" / "train" / "item_0.png").unlink()
+    (tree / "masks" / "train" / "item_0.png").unlink()
+    ingest(tree, samples)
+    with pytest.raises(ConfigError, match=r"samples/part-.* has changed since --limit chose rows of it .*new output"):
+        predict(samples, masks, limit=8)
+    with pytest.raises(ConfigError, match="has changed since --limit"):
+        api.preview_predict(doubles.FreeModel(), str(samples), str(masks), limit=8, options=INLINE)
+    assert predict(samples, tmp_path / "more", limit=8) == 8
+    (tree / "images" / "train" / "item_1.png").unlink()
+    (tree / "masks" / "train" / "item_1.png").unlink()
+    ingest(tree, samples)
+    assert predict(samples, tmp_path / "more", limit=8) == 8  # all were done
+    planned = api.preview_predict(doubles.FreeModel(), str(samples), str(tmp_path / "more"), limit=8, options=INLINE)
+    assert (planned.rows, planned.rewrites, planned.changed, planned.planned_rows) == (0, 0, 0, 8)
 
 
 def test_limit_counts_images_of_a_table_and_of_a_folder(tmp_path: Path) -> None:

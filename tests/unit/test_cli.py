@@ -101,6 +101,27 @@ def test_bad_items_exit_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(capsys, *command, "--max-bad-fraction", "0.25")[0] == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--fail-fast"]])
+def test_bad_items_are_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    source, out = photos.folder(tmp_path / "in", 3), str(tmp_path / "out")
+    (source / "empty.jpg").touch()
+    code, text, err = run(capsys, "ingest", "images", str(source), out, "--json", *more)
+    document = json.loads(text)
+    assert (code, document["bad"], document["reasons"], document["rows_now"]) == (3, 1, {"empty-file": 1}, 4)
+    assert "segbatch: 1 " in err
+
+
+def test_retry_counts_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = photos.folder(tmp_path / "in", 6), str(tmp_path / "out")
+    (source / "photo-0002.jpg").write_bytes(b"")
+    assert run(capsys, "ingest", "images", str(source), out)[0] == 3
+    code, text, err = run(capsys, "retry", out, "--failed", "--json")
+    document = json.loads(text)
+    assert (code, document["rows_done"], document["rows_now"], document["rows_copied"]) == (3, 6, 1, 5)
+    assert "ingest: 1 images" in err and "6 of 6 images in 1 shards, 1 bad (1 empty-file); 1 done now in" in err
+    assert ", 5 kept as they were\n" in err
+
+
 def test_traceback_only_when_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

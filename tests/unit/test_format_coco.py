@@ -559,7 +559,7 @@ class TestStuff:
         (maps / trees.file_name(581929, ".png")).unlink()
         first, second, third, *_ = planned(self.form, folder, rows, STUFF)
         found = [problem(self.form, i).code for i in (first, second, third)]
-        assert found == ["label-type", "unknown-label", "missing-label"]
+        assert found == ["label-type", "unknown-label", "missing-prediction"]
 
 
 class TestStuffJson:

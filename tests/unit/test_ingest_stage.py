@@ -355,3 +355,39 @@ def test_real_camvid_validation_set(tmp_path: Path, shared_data: Any) -> None:
     truth = sum(np.bincount(np.array(Image.open(p)).ravel(), minlength=12) for p in (source / "valannot").iterdir())
     assert scanned["sample_id"].to_pylist() == listed and set(scanned["status"].to_pylist()) == {"ok"}
     assert counted.tolist() == np.asarray(truth).tolist()
+
+
+def test_a_retry_of_every_other_row_reads_the_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = generators.camvid(tmp_path / "camvid", frames=9, splits=("train",)), tmp_path / "out"
+    listed = (source / "train.txt").read_text().splitlines()
+    maps = [source / "trainannot" / line.rsplit("/", 1)[1] for line in listed]
+    good = {path: path.read_bytes() for path in maps}
+    for path in maps[::2]:
+        path.unlink()
+    run = planned(out, source, shard_rows=9)
+    for outcome in ingested(run, camvid_task(source)):
+        run.record(outcome)
+    before = rows_of(out)
+    assert [r["status"] for r in before] == ["missing-label", "ok"] * 4 + ["missing-label"]
+    for path, data in good.items():
+        path.write_bytes(data)
+    opened: list[str] = []
+    original = tables.batches
+
+    def counted(uri: str, *arguments: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        opened.append(uri)
+        return original(uri, *arguments, **options)
+
+    monkeypatch.setattr(tables, "batches", counted)
+    (outcome,) = ingested(run, camvid_task(source), list(run.failed()))
+    monkeypatch.undo()
+    after = rows_of(out)
+    assert outcome.bad == 0 and outcome.copied == 4 and len(opened) == 2  # the statuses, then the rows
+    assert [r["sample_id"] for r in after] == [r["sample_id"] for r in before] and after[1] == before[1]
+
+
+def test_an_exception_that_nobody_expected_names_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "dataset", lambda name: Faulty(IndexError("list index out of range")))
+    run = planned(tmp_path / "out", tmp_path, "faulty", shard_rows=9)
+    with pytest.raises(EngineError, match=r"s0 \(.*s0\): IndexError: list index out of range"):
+        ingested(run, ingest.IngestTask("faulty"))

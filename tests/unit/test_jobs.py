@@ -1,5 +1,7 @@
 """What stands between a verb and its run: splits of one's own, strictness, dry runs, groups that stay together."""
 
+import shutil
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import segbatch
-from segbatch import api
+from segbatch import api, tables
 from segbatch.config import EngineConfig, PlanConfig, RunOptions
 from segbatch.errors import BadItemsError, ConfigError
 from segbatch.jobs import Limits, Resplit
@@ -89,6 +91,33 @@ class TestChanges:
         assert rows == [{"split": "train", "n": 2}, {"split": "val", "n": 4}]
 
 
+    def test_an_item_that_is_to_be_read_otherwise_has_changed(self, tmp_path: Path) -> None:
+        tree, out = generators.camvid(tmp_path / "tree"), str(tmp_path / "out")
+        for folder in ("trainannot", "valannot"):
+            zipped = tmp_path / "packed" / f"{folder}.zip"
+            zipped.parent.mkdir(exist_ok=True)
+            with zipfile.ZipFile(zipped, "w") as archive:
+                for path in sorted((tree / folder).iterdir()):
+                    archive.write(path, f"{folder}/{path.name}")
+            shutil.rmtree(tree / folder)
+        for path in (tmp_path / "packed").iterdir():
+            path.rename(tree / path.name)
+        segbatch.ingest("camvid", str(tree), out, options=INLINE)
+        (tree / "valannot.zip").rename(tree / "labels.zip")  # its members are as they were
+        assert api.preview_ingest("camvid", str(tree), out, options=INLINE).changed == 3
+        assert segbatch.ingest("camvid", str(tree), out, options=INLINE).state.bad == 0
+
+
+    def test_new_classes_reach_the_class_table(self, tmp_path: Path) -> None:
+        tree, out = generators.image_masks(tmp_path / "tree"), str(tmp_path / "out")
+        segbatch.ingest("image-masks", str(tree), out, options=INLINE)
+        with (tree / "classes.toml").open("a") as classes:
+            classes.write('[[classes]]\nid = 7\nname = "basket"\n')
+        generators.save(tree / "masks" / "val" / "item_0.png", np.full((12, 16), 7, np.uint16))
+        assert segbatch.ingest("image-masks", str(tree), out, options=INLINE).state.bad == 0
+        assert [c.name for c in tables.class_table(out).classes][-1] == "basket"
+
+
 class TestStrict:
     def test_the_first_bad_row_stops_it_with_its_reason(self, tmp_path: Path) -> None:
         tree = generators.camvid(tmp_path / "tree", frames=4)
@@ -105,6 +134,10 @@ class TestGroups:
         assert shards == [["a0", "a1", "a2", "b0"], ["c0", "c1", "c2", "c3", "c4"], ["d0", "e0"]]
         loose = [len(piece.items) for piece in cut(items, PlanConfig(shard_rows=4), 0)]
         assert loose == [4, 4, 3]
+
+    def test_a_group_of_more_than_half_a_gigabyte_is_cut_all_the_same(self) -> None:
+        video = [PlanItem(f"f{i}", f"/x/f{i}", "e", 100 << 20, group_id="v") for i in range(12)]
+        assert [len(piece.items) for piece in cut(video, PlanConfig(), 0, grouped=True)] == [5, 5, 2]
 
     def test_a_volume_is_one_item_and_never_cut(self) -> None:
         items = [item("v0", "v0", 3), item("v1", "v1", 9), item("v2", "v2", 2), item("v3", "v3", 2)]

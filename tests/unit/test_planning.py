@@ -1,10 +1,14 @@
 """Plans: how a listing is cut, what a later plan changes, and that nobody's plan is half there."""
 
+import itertools
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from segbatch import planning
 from segbatch.config import PlanConfig
@@ -207,11 +211,55 @@ def test_growing_and_shrinking_parquet_file(tmp_path: Path) -> None:
     assert shards(tmp_path)[2].rows == 0
 
 
-def test_selection_of_a_changed_file_is_refused(tmp_path: Path) -> None:
-    def chosen(etag: str) -> list[PlanItem]:
-        return [PlanItem("", "/s.parquet", etag, 10, 2, start, SELECTED) for start in (0, 5)]
+def selection(chosen: dict[int, tuple[int, set[int]]]) -> list[PlanItem]:
+    """File -> (version, selected rows), as a listing of runs of adjacent rows."""
+    items = []
+    for file, (version, rows) in sorted(chosen.items()):
+        for _, run in itertools.groupby(enumerate(sorted(rows)), lambda pair: pair[1] - pair[0]):
+            found = [row for _, row in run]
+            share = 10 * len(found)
+            items.append(PlanItem("", f"/s/part-{file}", str(version), share, len(found), found[0], SELECTED))
+    return items
 
-    plan(tmp_path, chosen("1"))
-    assert plan(tmp_path, chosen("1")) is None
-    with pytest.raises(ConfigError, match="has changed under a selection of its rows"):
-        plan(tmp_path, chosen("2"))
+
+def planned_rows(root: Path) -> list[tuple[str, str, int]]:
+    """(file, version, row) of everything that counts, each as often as it is planned."""
+    items = (i for s in shards(root).values() for i in items_of(s))
+    return sorted((i.uri, i.etag, i.row_start + k) for i in items for k in range(i.rows))
+
+
+def test_a_selection_of_another_version_stays_in_the_stretches_of_its_shards(tmp_path: Path) -> None:
+    def ranges() -> list[tuple[int, str, int, int, int]]:
+        found = shards(tmp_path).items()
+        return sorted((n, i.etag, i.row_start, i.rows, i.bytes) for n, s in found for i in items_of(s))
+
+    plan(tmp_path, selection({0: (1, {2, 3, 8, 9}), 1: (1, {5})}), shard_rows=2)
+    assert ranges() == [(0, "1", 2, 2, 20), (1, "1", 8, 2, 20), (2, "1", 5, 1, 10)]
+    now = selection({0: (2, {0, 6, 7, 8, 20}), 1: (1, {5})})
+    info = plan(tmp_path, now, shard_rows=2)
+    assert info is not None and (info.rewrites, info.rows, info.next_shard) == ((0, 1), 5, 3)
+    assert ranges() == [(0, "2", 0, 1, 10), (0, "2", 6, 2, 20), (1, "2", 8, 1, 10), (1, "2", 20, 1, 10), ranges()[-1]]
+    assert preview(str(tmp_path), lambda: now, PlanConfig()) == planning.Preview(0, 0, 0, 0, 6)
+    plan(tmp_path, selection({0: (3, {1}), 1: (1, {5})}))
+    assert (ranges()[0], shards(tmp_path)[1].rows) == ((0, "3", 1, 1, 10), 0)  # a shard may have lost all its rows
+    plan(tmp_path, selection({0: (4, {1, 30}), 1: (1, {5})}))
+    assert [r[:4] for r in ranges()] == [(0, "4", 1, 1), (0, "4", 30, 1), (2, "1", 5, 1)]
+    plan(tmp_path, selection({1: (1, {5})}))
+    plan(tmp_path, selection({0: (4, {1}), 1: (1, {5})}))  # none is selected, and then one is again
+    assert planned_rows(tmp_path) == [("/s/part-0", "4", 1), ("/s/part-1", "1", 5)]
+
+
+FILES = st.dictionaries(st.integers(0, 2), st.sets(st.integers(0, 15), min_size=1), max_size=3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(FILES.filter(bool), min_size=2, max_size=4), st.integers(1, 5))
+def test_every_selected_row_is_planned_exactly_once(steps: list[dict[int, set[int]]], shard_rows: int) -> None:
+    versions: dict[int, tuple[int, set[int]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for step, files in enumerate(steps):
+            versions = {f: versions[f] if versions.get(f, (0, None))[1] == r else (step, r) for f, r in files.items()}
+            plan(Path(folder), selection(versions), shard_rows)
+            wanted = [(f"/s/part-{f}", str(version), row) for f, (version, rows) in versions.items() for row in rows]
+            assert planned_rows(Path(folder)) == sorted(wanted)
+            assert plan(Path(folder), selection(versions), shard_rows) is None

@@ -21,6 +21,7 @@ from segbatch.training import TrainConfig, TrainProgress, TrainResult, train
 from segbatch.training.crops import CropStream
 from segbatch.training.losses import cross_entropy, sqrt_median_weights
 from segbatch.training.samples import VOID, SampleSet
+from segbatch.training.state import SamplesChangedError
 
 
 def config(root: str, out: Path, **changes: Any) -> TrainConfig:
@@ -105,9 +106,22 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"another training: train\.optim\.lr: 0\.02 -> 0\.5"):
         train(config(root, tmp_path / "out", optim__epochs=1, optim__lr=0.5))
     train(config(root, tmp_path / "out", optim__epochs=1, threads=2))
+
+
+def test_other_samples_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    root = toy.toy(tmp_path / "data")
+    train(config(root, tmp_path / "finished", optim__epochs=1))
+    with pytest.raises(StoppedError):
+        train(config(root, tmp_path / "cut"), *stop_after(2))
     toy.toy(tmp_path / "data", train=5)
-    with pytest.raises(ConfigError, match="samples: "):
-        train(config(root, tmp_path / "out", optim__epochs=1))
+    with pytest.raises(SamplesChangedError, match=r"holds a model, .*choose another OUT, or delete it to train anew"):
+        train(config(root, tmp_path / "finished", optim__epochs=1))
+    with pytest.raises(ConfigError, match=r"unfinished training, and its samples have changed since it began .*delete"):
+        train(config(root, tmp_path / "cut"))
+    with pytest.raises(ConfigError, match=r"another training: samples: .*; train\.optim\.lr"):
+        train(config(root, tmp_path / "cut", optim__lr=0.5))
+    toy.toy(tmp_path / "data")
+    assert train(config(root, tmp_path / "cut")).resumed_from == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "keys"])
