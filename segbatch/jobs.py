@@ -592,7 +592,11 @@ def _check_bad(state: RunState, limits: Limits) -> None:
         )
 
 
-_BULKY = {"masks": "semantic, class_pixels", "samples": "image, semantic, instances, panoptic, label_maps", "state": "joint"}
+_BULKY = {
+    "masks": "semantic, class_pixels",
+    "samples": "image, semantic, instances, panoptic, label_maps",
+    "state": "joint",
+}
 
 
 def _reasons(reasons: Any) -> str:

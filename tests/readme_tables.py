@@ -29,7 +29,9 @@ def formats() -> str:
     lines = ["| format | task | import | what it is |", "|---|---|---|---|"]
     for name in sorted(registry.BUILT_IN):
         found = registry.format_of(name)
-        summary = " ".join((found.__doc__ or "").split("\n\n")[0].split()).rstrip(".").replace("``", "`").replace("|", "\\|")
+        summary = (
+            " ".join((found.__doc__ or "").split("\n\n")[0].split()).rstrip(".").replace("``", "`").replace("|", "\\|")
+        )
         lines.append(f"| `{name}` | {found.task} | {'yes' if found.can_import else 'no'} | {summary} |")
     return "\n".join(lines)
 

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from segbatch.config import nearest
 from segbatch.errors import ConfigError
 from segbatch.models.base import InputSpec, ModelSpec, Segmenter
-from segbatch.models.config import ColorConfig, UNetConfig
+from segbatch.models.config import (
+    ColorConfig,
+    DeepLabConfig,
+    FCNConfig,
+    PatchConfig,
+    SegNetConfig,
+    UNetConfig,
+    UNetValidConfig,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,17 +50,43 @@ class Architecture(Protocol):
         """A network with fresh weights; ``state_dict`` is what a checkpoint holds."""
         ...
 
+    def begin(self, net: "torch.nn.Module", config: Any) -> None:
+        """Put the weights that its training begins with into a fresh network, where the configuration names some.
+
+        Raises:
+            ConfigError: they are not there, or do not fit.
+        """
+        ...
+
     def segmenter(self, net: "torch.nn.Module", spec: ModelSpec) -> Segmenter:
         """The network ready for inference."""
         ...
 
 
-class UNetArchitecture:
+class _Network:
+    """What the torch networks have in common: float RGB of any size in, logits out, trained from scratch."""
+
+    output: Literal["logits", "labels"] = "logits"
+
+    def input_spec(self, config: Any) -> InputSpec:
+        """Float RGB of any size, channels last."""
+        return InputSpec(layout="nhwc")
+
+    def begin(self, net: "torch.nn.Module", config: Any) -> None:
+        """Nothing: training begins with random weights."""
+
+    def segmenter(self, net: "torch.nn.Module", spec: ModelSpec) -> Segmenter:
+        """Evaluation mode, channels last."""
+        from segbatch.models.network import TorchSegmenter
+
+        return TorchSegmenter(net, spec)
+
+
+class UNetArchitecture(_Network):
     """See ``segbatch.models.unet``."""
 
     summary = "padded U-Net with batch normalisation; own encoder, or EfficientNet-Lite0 with ImageNet weights"
     config = UNetConfig
-    output: Literal["logits", "labels"] = "logits"
 
     def input_spec(self, config: UNetConfig) -> InputSpec:
         """Float RGB, channels last; any size unless ``config.input_size`` fixes it."""
@@ -76,11 +110,99 @@ class UNetArchitecture:
 
         return UNet(config, classes)
 
-    def segmenter(self, net: "torch.nn.Module", spec: ModelSpec) -> Segmenter:
-        """Evaluation mode, channels last."""
-        from segbatch.models.network import TorchSegmenter
+    def begin(self, net: "torch.nn.Module", config: UNetConfig) -> None:
+        """The encoder's ImageNet weights."""
+        from segbatch.models.unet import UNet, load_pretrained
 
-        return TorchSegmenter(net, spec)
+        assert isinstance(net, UNet)
+        if config.encoder and config.pretrained:
+            load_pretrained(net)
+
+
+class FCNArchitecture(_Network):
+    """See ``segbatch.models.fcn``."""
+
+    summary = "FCN-32s, FCN-16s, FCN-8s on VGG-16: scores of three depths, up-sampled and added"
+    config = FCNConfig
+
+    def build(self, config: FCNConfig, classes: int) -> "torch.nn.Module":
+        """A ``fcn.FCN``: He initialisation, zero scores, bilinear up-sampling."""
+        from segbatch.models.fcn import FCN
+
+        return FCN(config, classes)
+
+    def begin(self, net: "torch.nn.Module", config: FCNConfig) -> None:
+        """The weights of the coarser FCN that ``config.warm_start`` names."""
+        if not config.warm_start:
+            return
+        from segbatch.models import checkpoint
+        from segbatch.models.fcn import FCN, warm_start
+
+        assert isinstance(net, FCN)
+        found = checkpoint.read(config.warm_start)
+        warm_start(net, checkpoint.read_state(found.weights, found.uri), found.uri)
+
+
+class SegNetArchitecture(_Network):
+    """See ``segbatch.models.segnet``."""
+
+    summary = "SegNet on VGG-16, and SegNet-Basic: the decoder unpools by the encoder's pooling indices"
+    config = SegNetConfig
+
+    def build(self, config: SegNetConfig, classes: int) -> "torch.nn.Module":
+        """A ``segnet.SegNet`` with He initialisation."""
+        from segbatch.models.segnet import SegNet
+
+        return SegNet(config, classes)
+
+
+class DeepLabArchitecture(_Network):
+    """See ``segbatch.models.deeplab``."""
+
+    summary = "DeepLab v3+ on Aligned Xception-65, ResNet-50 or ResNet-101: atrous pyramid and decoder"
+    config = DeepLabConfig
+
+    def build(self, config: DeepLabConfig, classes: int) -> "torch.nn.Module":
+        """A ``deeplab.DeepLab`` with random weights."""
+        from segbatch.models.deeplab import DeepLab
+
+        return DeepLab(config, classes)
+
+
+class _Microscopy(_Network):
+    """Networks that may be fed grey photos, which they make themselves."""
+
+    def input_spec(self, config: UNetValidConfig | PatchConfig) -> InputSpec:
+        """Float RGB of any size; in -1..1 when the network makes it grey."""
+        if config.channels == 1:
+            return InputSpec(layout="nhwc", mean=_IMAGENET_HALF, std=_IMAGENET_HALF)
+        return InputSpec(layout="nhwc")
+
+
+class UNetValidArchitecture(_Microscopy):
+    """See ``segbatch.models.unet_valid``."""
+
+    summary = "U-Net as published: convolutions that are not padded, mirrored borders, dropout"
+    config = UNetValidConfig
+
+    def build(self, config: UNetValidConfig, classes: int) -> "torch.nn.Module":
+        """A ``unet_valid.UNetValid`` with He initialisation."""
+        from segbatch.models.unet_valid import UNetValid
+
+        return UNetValid(config, classes)
+
+
+class PatchArchitecture(_Microscopy):
+    """See ``segbatch.models.patch``."""
+
+    summary = "classifier of the window around each pixel, run over the whole photo at once"
+    config = PatchConfig
+
+    def build(self, config: PatchConfig, classes: int) -> "torch.nn.Module":
+        """A ``patch.PatchNet`` with He initialisation."""
+        from segbatch.models.patch import PatchNet
+
+        return PatchNet(config, classes)
 
 
 class ColorArchitecture:
@@ -100,6 +222,9 @@ class ColorArchitecture:
 
         return ColorTable(config, classes)
 
+    def begin(self, net: "torch.nn.Module", config: ColorConfig) -> None:
+        """Nothing: it counts from zero."""
+
     def segmenter(self, net: "torch.nn.Module", spec: ModelSpec) -> Segmenter:
         """A table look-up."""
         from segbatch.models.color import ColorSegmenter, ColorTable
@@ -108,7 +233,15 @@ class ColorArchitecture:
         return ColorSegmenter(net, spec)
 
 
-ARCHITECTURES: "Mapping[str, Architecture]" = {"unet": UNetArchitecture(), "color": ColorArchitecture()}
+ARCHITECTURES: "Mapping[str, Architecture]" = {
+    "unet": UNetArchitecture(),
+    "fcn": FCNArchitecture(),
+    "segnet": SegNetArchitecture(),
+    "unet_valid": UNetValidArchitecture(),
+    "deeplab": DeepLabArchitecture(),
+    "patch": PatchArchitecture(),
+    "color": ColorArchitecture(),
+}
 """Built-in networks by the name in ``name@checkpoint``."""
 
 ENTRY_POINTS = "segbatch.models"

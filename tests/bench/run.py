@@ -1,6 +1,6 @@
 """Runs every benchmark beside this file, one after the other, each in a process of its own.
 
-    python tests/bench/run.py [NAME ...]        NAME: codec, engine, ingest ... ; all when left out
+python tests/bench/run.py [NAME ...]        NAME: codec, engine, ingest ... ; all when left out
 """
 
 import os

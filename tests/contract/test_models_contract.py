@@ -13,12 +13,25 @@ from segbatch.models import registry
 from segbatch.models.registry import ModelSource
 from segbatch.training import TrainConfig, train
 
-SMALL: dict[str, dict[str, Any]] = {"unet": {"width": 2, "depth": 2}, "color": {"bits": 3}}
+SMALL: dict[str, dict[str, Any]] = {
+    "unet": {"width": 2, "depth": 2},
+    "color": {"bits": 3},
+    "fcn": {"width": 0.02},
+    "segnet": {"width": 0.05},
+    "deeplab": {"width": 0.02},
+    "unet_valid": {"width": 2, "depth": 3},
+    "patch": {"window": 15, "kernels": [4, 5], "maps": 4, "hidden": 8},
+}
 """A small configuration of each architecture; its defaults where it is not named."""
+
+NEEDS = {"deeplab": "timm"}
+"""Packages of extras."""
 
 
 @pytest.fixture(scope="module", params=sorted(registry.ARCHITECTURES))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    if request.param in NEEDS:
+        pytest.importorskip(NEEDS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     document = {
         "out": str(folder / "out"),

@@ -90,7 +90,6 @@ class TestChanges:
         rows = api.query(out, "SELECT split, count(*) AS n FROM samples GROUP BY 1 ORDER BY 1").to_pylist()
         assert rows == [{"split": "train", "n": 2}, {"split": "val", "n": 4}]
 
-
     def test_an_item_that_is_to_be_read_otherwise_has_changed(self, tmp_path: Path) -> None:
         tree, out = generators.camvid(tmp_path / "tree"), str(tmp_path / "out")
         for folder in ("trainannot", "valannot"):
@@ -106,7 +105,6 @@ class TestChanges:
         (tree / "valannot.zip").rename(tree / "labels.zip")  # its members are as they were
         assert api.preview_ingest("camvid", str(tree), out, options=INLINE).changed == 3
         assert segbatch.ingest("camvid", str(tree), out, options=INLINE).state.bad == 0
-
 
     def test_new_classes_reach_the_class_table(self, tmp_path: Path) -> None:
         tree, out = generators.image_masks(tmp_path / "tree"), str(tmp_path / "out")
