@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 PART_ROWS = 1_000_000
 _PART_BYTES = 64 << 20
-SELECTED = "selected"
-"""``PlanItem.detail`` of a range of rows that is not the whole file."""
 _INDEX = "shards.parquet"
 _GROUP_ROWS = 4096
 _SMALL = 4096

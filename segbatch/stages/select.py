@@ -7,7 +7,6 @@ import pyarrow.dataset as ds
 
 from segbatch import schemas, storage, tables
 from segbatch.errors import ConfigError
-from segbatch.planning import SELECTED
 from segbatch.records import PlanItem
 from segbatch.storage import ObjectInfo
 
@@ -27,7 +26,7 @@ def sample_ranges(root: str, where: str = "") -> Iterator[PlanItem]:
             continue
         for start, stop in _ranges(part, where):
             share = part.size * (stop - start) // max(rows, 1)
-            yield PlanItem("", part.uri, part.etag, share, stop - start, start, SELECTED)
+            yield PlanItem("", part.uri, part.etag, share, stop - start, start)
 
 
 def _ranges(part: ObjectInfo, where: str) -> Iterator[tuple[int, int]]:

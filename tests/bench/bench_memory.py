@@ -29,13 +29,13 @@ class Peaks:
         me = psutil.Process()
         while not self.stop.wait(0.2):
             self.driver = max(self.driver, me.memory_info().rss / 1e6)
-            for process in psutil.process_iter(["name"]):
-                if (process.info["name"] or "").startswith("ray::_Actor"):
-                    self._look(process)
+            for process in me.children(recursive=True):
+                self._look(process)
 
     def _look(self, process: psutil.Process) -> None:
         try:
-            self.actor = max(self.actor, process.memory_full_info().uss / 1e6)
+            if process.name().startswith("ray::_Actor"):
+                self.actor = max(self.actor, process.memory_full_info().uss / 1e6)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from segbatch import planning
 from segbatch.config import PlanConfig
 from segbatch.errors import ConfigError
-from segbatch.planning import SELECTED, cut, items_of, latest_shards, preview, publish, published
+from segbatch.planning import cut, items_of, latest_shards, preview, publish, published
 from segbatch.records import PlanItem, ShardRef
 
 
@@ -218,7 +218,7 @@ def selection(chosen: dict[int, tuple[int, set[int]]]) -> list[PlanItem]:
         for _, run in itertools.groupby(enumerate(sorted(rows)), lambda pair: pair[1] - pair[0]):
             found = [row for _, row in run]
             share = 10 * len(found)
-            items.append(PlanItem("", f"/s/part-{file}", str(version), share, len(found), found[0], SELECTED))
+            items.append(PlanItem("", f"/s/part-{file}", str(version), share, len(found), found[0]))
     return items
 
 
