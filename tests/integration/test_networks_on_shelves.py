@@ -1,4 +1,7 @@
-"""Every architecture, at a small width, learns to tell the drawn shelves' classes, which colour alone cannot."""
+"""The architectures, at a small width, learn to tell the drawn shelves' classes, which colour alone cannot.
+
+SegNet on VGG-16 is not among them: from random weights it needs too long for a test.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,11 @@ COLOR_MIOU = 0.16
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "fcn": {"kind": "fcn", "width": 0.1, "dropout": 0.1},
-    "segnet": {"kind": "segnet", "width": 0.125},
     "segnet-basic": {"kind": "segnet", "variant": "basic", "width": 0.25},
     "deeplab": {"kind": "deeplab", "width": 0.15},
     "unet_valid": {"kind": "unet_valid", "width": 8, "depth": 3, "dropout": 0.1},
     "patch": {"kind": "patch", "window": 47, "kernels": [4, 5, 4], "maps": 12, "hidden": 32},
 }
-
-EPOCHS = {"segnet": 70}
-"""30 where it is not named."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_it_learns_more_than_colours(shelves: Path, tmp_path: Path, name: str) -
         "val_split": "val",
         "model": NETWORKS[name],
         "data": {"crop": [96, 128]},
-        "optim": {"lr": 5e-3, "epochs": EPOCHS.get(name, 30), "ema": 0.97},
+        "optim": {"lr": 5e-3, "epochs": 30, "ema": 0.97},
         "threads": 1,
     }
     result = train(parse(TrainConfig, document, "test"))
