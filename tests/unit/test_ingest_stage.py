@@ -26,7 +26,7 @@ from segbatch.engine.inline import InlineEngine
 from segbatch.errors import DataError, EngineError, StorageError, TransientStorageError
 from segbatch.records import ClassTable, Instance, Issue, Outcome, PlanItem, Sample, Segment, ShardRef, VolumeSlice
 from segbatch.runs import Run
-from segbatch.stages import ingest
+from segbatch.stages import ingest, items
 from segbatch.stages.items import grouped
 
 
@@ -330,7 +330,8 @@ def test_batches_close_by_rows_and_by_bytes() -> None:
     assert sizes(10, 130) == [64, 64, 2] and sizes(20 << 20, 5) == [2, 2, 1] and sizes(1, 0) == []
 
 
-def test_never_more_than_a_few_samples_are_read_ahead(tmp_path: Path) -> None:
+def test_never_more_than_a_few_samples_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items, "_AHEAD_BYTES", 1)  # of small photos 32 MB are many
     source = generators.camvid(tmp_path / "camvid", frames=20)
     (shard,) = planned(tmp_path / "out", source, shard_rows=64).missing()
     journal = Recorder()
