@@ -161,7 +161,7 @@ def png_header(data: bytes) -> Header:
     if max(width, height) > _LONGEST_SIDE:
         corrupt("PNG", f"its header says {width} x {height} pixels")
     orientation = 1
-    for name, start, stop in _png_chunks(data):
+    for name, start, stop in png_chunks(data):
         if name == b"eXIf":
             orientation = exif_orientation(data[start:stop])
     return Header(height, width, _PNG_CHANNELS[kind], depth, orientation)
@@ -178,7 +178,7 @@ def checked_png(data: bytes) -> bytes:
     """
     parts = [data[:8]]
     name = b""
-    for name, start, stop in _png_chunks(data):
+    for name, start, stop in png_chunks(data):
         if name in _PNG_NEEDED:
             if stop + 4 > len(data):
                 break
@@ -193,12 +193,12 @@ def checked_png(data: bytes) -> bytes:
 def png_is_whole(data: bytes) -> bool:
     """Whether the chunks go on to the last one, within the file; checksums are not looked at."""
     name, stop = b"", 0
-    for name, _, stop in _png_chunks(data):  # noqa: B007
+    for name, _, stop in png_chunks(data):  # noqa: B007
         pass
     return name == b"IEND" and stop + 4 <= len(data)
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(name, first byte, end) of every chunk up to IEND, or up to where the file stops."""
     position = 8
     while position + 8 <= len(data):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from segbatch.codecs._photo_headers import png_chunks
+
 _LEVEL = 3
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _PALETTE = 0, 3
@@ -37,19 +39,14 @@ def decode_labels(data: bytes) -> NDArray[Any] | None:
 
 def _pixel_data(data: bytes) -> bytes | None:
     """The joined IDAT chunks; None where a checksum is wrong or the end is missing."""
-    parts, position = [], 8
-    while position + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        stop = position + 8 + length
-        if stop + 4 > len(data) or zlib.crc32(data[position + 4 : stop]) != int.from_bytes(
-            data[stop : stop + 4], "big"
-        ):
+    parts = []
+    for name, start, stop in png_chunks(data):
+        if stop + 4 > len(data) or zlib.crc32(data[start - 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
             return None
         if name == b"IDAT":
-            parts.append(data[position + 8 : stop])
+            parts.append(data[start:stop])
         if name == b"IEND":
             return parts[0] if len(parts) == 1 else b"".join(parts)
-        position = stop + 4
     return None
 
 

@@ -8,7 +8,7 @@ and void. Copies of it whose label maps are in the authors' own 32 colours (labe
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,6 @@ from segbatch.datasets.base import Dataset
 from segbatch.datasets.tree import Tree
 from segbatch.errors import ConfigError, DataError
 from segbatch.records import ClassInfo, ClassTable, PlanItem, Sample, Task
-
-if TYPE_CHECKING:
-    pass
 
 _SPLITS = ("train", "val", "test")
 

@@ -34,7 +34,7 @@ _GREY, _GREY_SCALED = 0, {2: 85, 4: 17}
 
 
 def sample_of(item: PlanItem, data: bytes, info: "PhotoInfo") -> Sample:
-    """The photo's part of a sample; a dataset adds its split and labels with ``dataclasses.replace``."""
+    """The photo's part of a sample; a dataset adds its labels with ``dataclasses.replace``."""
     return Sample(
         sample_id=item.sample_id,
         image=data,
@@ -73,7 +73,7 @@ def choose_splits(dataset: str, source: str, there: Iterable[str], wanted: Itera
 
 
 def detail_of(item: PlanItem) -> Mapping[str, Any]:
-    """The item's ``detail`` as a mapping (keys that datasets share: ``label``, ``split``, ``group``); empty without."""
+    """The item's ``detail`` as a mapping; empty where it has none."""
     found: Mapping[str, Any] = json.loads(item.detail) if item.detail else {}
     return found
 

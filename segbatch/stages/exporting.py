@@ -129,9 +129,11 @@ class _Source:
 
     def lacking(self) -> int:
         """Good samples that the masks table has no row for: perhaps they were not selected."""
+        if not self._masks:
+            return 0
         status = (b.column("status").to_pylist() for b in tables.scan(self._samples, "samples", ("status",)))
-        good = sum(s == OK for batch in status for s in batch)
-        return max(good - self.written - self.skipped, 0) if self._masks else 0
+        good: int = sum(s == OK for batch in status for s in batch)
+        return max(good - self.written - self.skipped, 0)
 
     def _skip(self, sample_id: str, reason: str) -> None:
         if not self._skip_bad:

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from segbatch import schemas, storage
-from segbatch.codecs import columns, photo, runlength
+from segbatch import schemas
+from segbatch.codecs import columns, runlength
 from segbatch.codecs.runlength import Runs
-from segbatch.datasets import registry
+from segbatch.datasets import reading, registry
 from segbatch.datasets.base import Dataset
 from segbatch.errors import DataError, StorageError
 from segbatch.records import OK, Instance, Issue, PlanItem, Sample, Segment, VolumeSlice
@@ -97,21 +97,12 @@ def bad_row(item: PlanItem, error: DataError, index: int = 0) -> Row:
     if item.rows > 1 or error.code in (QUARANTINED, UNREADABLE):
         return row
     try:
-        data = storage.read_bytes(item.uri)
-        info = photo.inspect(data, item.uri)
+        kept = row_of(item, reading.sample_of(item, *reading.read_photo(item.uri)))
     except (DataError, StorageError) as second:
         if second.retryable:
             raise
         return row  # the photo is at fault too: ``error`` says how
-    return replace(
-        row,
-        image=data,
-        image_format=info.format,
-        height=info.height,
-        width=info.width,
-        channels=info.channels,
-        exif_orientation=info.exif_orientation,
-    )
+    return replace(kept, status=row.status, attributes=None, issues=row.issues, label_maps=None)
 
 
 def samples_batch(rows: Sequence[Row], by_reference: bool = False) -> pa.RecordBatch:
