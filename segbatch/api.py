@@ -4,6 +4,8 @@
 ``SegbatchError`` when something is wrong, and returns what it did otherwise.
 """
 
+import dataclasses
+import inspect
 import json
 import threading
 from collections.abc import Sequence
@@ -34,6 +36,8 @@ from segbatch.planning import Preview
 from segbatch.runs import RunState
 
 if TYPE_CHECKING:
+    from segbatch.inference.options import InferenceOptions
+    from segbatch.models.catalogue import Card
     from segbatch.models.registry import ModelSource
     from segbatch.stages.exporting import Exported
     from segbatch.training import TrainConfig, TrainResult
@@ -90,6 +94,7 @@ def predict(
     where: str = "",
     limit: int = 0,
     max_pixels: int = MAX_PIXELS,
+    inference: "InferenceOptions | None" = None,
     limits: Limits | None = None,
     options: RunOptions | None = None,
     watch: Watch | None = None,
@@ -97,7 +102,8 @@ def predict(
     """Run a model over a samples table, a folder, a glob or a list of images into a masks table.
 
     Args:
-        model: ``loader:reference`` or ``name@checkpoint``, or any ``ModelSource``.
+        model: ``loader:reference``, ``name@checkpoint``, several joined by ``+``, ``cascade:DETECTOR,SEGMENTER``, or
+            any ``ModelSource``.
         input: samples root, folder, glob, or a text file with a URI per line.
         out: the run root to write.
         classes: a file that names the model's classes, where the model does not.
@@ -105,6 +111,7 @@ def predict(
         where: SQL condition over the columns of a samples table, e.g. ``split = 'val'``.
         limit: only the first so many images; 0 takes all.
         max_pixels: larger photos become bad rows.
+        inference: tiles, views, and which detections count.
         limits: how many bad rows are acceptable.
         options: shards and engine.
         watch: who looks on.
@@ -113,7 +120,7 @@ def predict(
         ConfigError: unknown model or input, or an output of another configuration.
         BadItemsError: more rows are bad than allowed; every row is written.
     """
-    job = predict_job(model, input, out, classes, Selection(where, limit), batch_size, max_pixels)
+    job = predict_job(model, input, out, classes, Selection(where, limit), batch_size, max_pixels, inference)
     return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent())
 
 
@@ -351,10 +358,11 @@ def preview_predict(
     where: str = "",
     limit: int = 0,
     max_pixels: int = MAX_PIXELS,
+    inference: "InferenceOptions | None" = None,
     options: RunOptions | None = None,
 ) -> Preview:
     """What ``predict`` would do; writes nothing."""
-    job = predict_job(model, input, out, classes, Selection(where, limit), 0, max_pixels)
+    job = predict_job(model, input, out, classes, Selection(where, limit), 0, max_pixels, inference)
     return dry_run(job, options or RunOptions())
 
 
@@ -363,8 +371,6 @@ def catalogue(family: Literal["models", "datasets", "metrics", "formats"]) -> li
     from segbatch.datasets import registry as datasets
     from segbatch.formats import registry as formats
     from segbatch.metrics import registry as metrics
-    from segbatch.models import architectures
-    from segbatch.models import registry as models
 
     if family == "datasets":
         found = {n: _first_line(datasets.dataset(n)) for n in datasets.names()}
@@ -373,15 +379,92 @@ def catalogue(family: Literal["models", "datasets", "metrics", "formats"]) -> li
     elif family == "metrics":
         found = {n: _first_line(metrics.metric(n)) for n in metrics.names()}
     else:
-        built_in = architectures.architectures()
-        found = {f"{n}@CHECKPOINT": a.summary for n, a in built_in.items()}
-        found |= {f"{n}:REFERENCE": _first_line(loader) for n, loader in models.loaders().items()}
+        return _models()
     return [{"name": n, "summary": text} for n, text in found.items()]
 
 
-def _first_line(thing: object) -> str:
-    import inspect
+def _models() -> list[dict[str, str]]:
+    """What can stand as MODEL; a line for every form of a built-in network."""
+    from segbatch.models import architectures, catalogue
+    from segbatch.models import registry as models
 
+    cards = {n: [c for c in catalogue.cards() if c.architecture == n] for n in architectures.architectures()}
+    found: list[dict[str, str]] = []
+    for name, entry in architectures.architectures().items():
+        base = {"name": f"{name}@CHECKPOINT", "task": entry.task, "summary": entry.summary, "licence": "yours"}
+        blank = {"form": "", "parameters": "", "input": "", "images_per_s": ""}
+        forms = [
+            {
+                "form": card.form,
+                "parameters": f"{card.parameters:,}",
+                "input": f"{card.width}x{card.height}",
+                "images_per_s": f"{card.images_per_s:g}",
+            }
+            for card in cards[name]
+        ]
+        found += [{**base, **form} for form in forms or [blank]]
+    for name, loader in models.loaders().items():
+        said = {"name": f"{name}:REFERENCE", "task": "the file's", "summary": _first_line(loader)}
+        found.append({**said, "licence": "the file's", "form": "", "parameters": "", "input": "", "images_per_s": ""})
+    return found
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """All that is known of an architecture, a loader, or the model that a reference names.
+
+    Args:
+        name: ``fcn``, ``hf``, or a reference as ``predict`` takes it.
+
+    Raises:
+        ConfigError: nothing of that name, or a model that cannot be read.
+    """
+    from segbatch.inference import compose
+    from segbatch.models import architectures, catalogue
+    from segbatch.models import registry as models
+
+    built_in, loaders = architectures.architectures(), models.loaders()
+    plain = name.removesuffix("@CHECKPOINT").removesuffix(":REFERENCE")
+    if plain in built_in:
+        entry = built_in[plain]
+        return {
+            "name": f"{plain}@CHECKPOINT",
+            "task": entry.task,
+            "summary": entry.summary,
+            "paper": entry.paper,
+            "forms": [_form(c) for c in catalogue.cards() if c.architecture == plain],
+            "measured_on": catalogue.machine(),
+            "options": _options_of(entry.config),
+            "train": f"segbatch train CONFIG.toml OUT --set model.kind={plain}",
+            "predict": f"segbatch predict {plain}@OUT PHOTOS MASKS",
+        }
+    if plain in loaders:
+        doc = inspect.getdoc(loaders[plain]) or ""
+        return {"name": f"{plain}:REFERENCE", "summary": doc, "predict": f"segbatch predict {plain}:... PHOTOS MASKS"}
+    spec = compose.source(name).describe()
+    return {
+        "name": spec.name,
+        "task": spec.task,
+        "output": spec.output,
+        "input": {k: v for k, v in dataclasses.asdict(spec.input).items() if v is not None},
+        "classes": [c.name for c in spec.classes.classes],
+        "licence": spec.licence,
+        "source": spec.source,
+        "digest": spec.digest,
+        "predict": f"segbatch predict {spec.name} PHOTOS MASKS",
+    }
+
+
+def _form(card: "Card") -> str:
+    size = f"{card.parameters:,} parameters at {card.classes} classes"
+    return f"{card.form or 'as it is'}: {size}, {card.images_per_s:g} images/s at {card.width}x{card.height}"
+
+
+def _options_of(config: type[Any]) -> dict[str, str]:
+    """Name and default of every option."""
+    return {n: str(f.default) for n, f in config.model_fields.items() if n != "kind"}
+
+
+def _first_line(thing: object) -> str:
     return (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
 
 

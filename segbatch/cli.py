@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
@@ -16,6 +16,7 @@ from segbatch.version import __version__
 
 if TYPE_CHECKING:
     from segbatch.config import RunOptions
+    from segbatch.inference.options import InferenceOptions
     from segbatch.jobs import Limits, Resplit, RunResult
 
 app = App(
@@ -41,6 +42,50 @@ DryRun = Annotated[
 EngineName = Annotated[Literal["auto", "ray", "inline"], Parameter(name="--engine", help="Where shards are worked on.")]
 MaxBad = Annotated[float, Parameter(name="--max-bad-fraction", help="Exit with 3 when more of the images are bad.")]
 FailFast = Annotated[bool, Parameter(name="--fail-fast", negative=(), help="Stop at the first bad image.")]
+
+
+@dataclass(frozen=True)
+class _Views:
+    """How the model is used.
+
+    Attributes:
+        tile: Cut larger photos into tiles of so many pixels a side.
+        overlap: Pixels that neighbouring tiles share.
+        scales: Sizes to feed the photo in, separated by commas, e.g. .75,1,1.25; results are averaged.
+        flip: Feed the photo mirrored as well.
+        min_score: Drop detections below this score.
+        nms: Of boxes of one class that overlap by more than this, keep the best.
+        top_k: Keep at most so many detections an image.
+        mask_threshold: Probability above which a pixel belongs to an object.
+        stuff_area: Panoptic: smaller stuff segments become void.
+    """
+
+    tile: int = 0
+    overlap: int = 128
+    scales: str = "1"
+    flip: Annotated[bool, Parameter(negative=())] = False
+    min_score: float | None = None
+    nms: float | None = None
+    top_k: int | None = None
+    mask_threshold: float | None = None
+    stuff_area: int | None = None
+
+    def options(self) -> "InferenceOptions":
+        """As the API takes them."""
+        from segbatch.config import parse
+        from segbatch.inference.options import InferenceOptions
+
+        said = {**asdict(self), "scales": self._scales()}
+        said["nms_iou"] = said.pop("nms")
+        return parse(InferenceOptions, said, "options")
+
+    def _scales(self) -> tuple[float, ...]:
+        try:
+            return tuple(float(s) for s in self.scales.split(","))
+        except ValueError:
+            from segbatch.errors import ConfigError
+
+            raise ConfigError(f"--scales {self.scales} is not numbers separated by commas", "e.g. .75,1,1.25") from None
 
 
 @app.command
@@ -102,6 +147,7 @@ def predict(
     where: str = "",
     limit: int = 0,
     max_pixels: int = 200_000_000,
+    views: Annotated[_Views, Parameter(name="*")] = _Views(),
     max_bad_fraction: MaxBad = 0.0,
     fail_fast: FailFast = False,
     engine: EngineName = "auto",
@@ -112,7 +158,8 @@ def predict(
     """Run a model over a samples table, a folder, a glob or a list of images; writes a masks table.
 
     Args:
-        model: loader:reference, or name@checkpoint for a trained built-in model; see `segbatch models`.
+        model: loader:reference, or name@checkpoint for a trained built-in model; see `segbatch models`. Several,
+            joined by +, are averaged; cascade:DETECTOR,SEGMENTER runs the second on what the first finds.
         input: Run root of samples, folder, glob, or text file with an address per line.
         out: Run root to write.
         classes: File that names the model's classes, where the model itself does not.
@@ -129,6 +176,7 @@ def predict(
         "where": where,
         "limit": limit,
         "max_pixels": max_pixels,
+        "inference": views.options(),
         "options": options,
     }
     if dry_run:
@@ -345,9 +393,20 @@ def query(out: str, sql: str, *, json_: Json = False) -> None:
 
 
 @app.command
-def models(*, json_: Json = False) -> None:
-    """List what can stand as MODEL."""
-    _show_catalogue("models", json_)
+def models(name: str = "", *, json_: Json = False) -> None:
+    """List what can stand as MODEL, or tell all of one.
+
+    Args:
+        name: An architecture (fcn), a loader (hf), or a reference as predict takes it (fcn@OUT).
+    """
+    from segbatch import api
+
+    if not name:
+        _show_catalogue("models", json_)
+    elif json_:
+        _print_json(api.describe_model(name))
+    else:
+        _show_document(api.describe_model(name))
 
 
 @app.command
@@ -519,17 +578,24 @@ def _show_preview(preview: Any, as_json: bool) -> None:
     print(f"planned already: {preview.planned_rows} images; nothing was written")
 
 
+_CLASS_COLUMNS = 6
+"""Figures by class that fit a terminal; every protocol names its most important ones first."""
+
+
 def _show_figures(figures: Any, classes: bool = True) -> None:
     overall = [f for f in figures if not f.class_name and not f.slice]
     _show_rows(["figure", "value"], [[f.metric, _number(f.value, f.metric)] for f in overall])
     if not classes:
         return
     named = [f for f in figures if f.class_name and not f.slice]
-    columns = list(dict.fromkeys(f.metric for f in named))
+    found = list(dict.fromkeys(f.metric for f in named))
+    columns = found[:_CLASS_COLUMNS]
     rows: dict[str, dict[str, str]] = {}
     for figure in named:
         rows.setdefault(figure.class_name, {})[figure.metric] = _number(figure.value)
     _show_rows(["class", *columns], [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items()])
+    if len(found) > len(columns):
+        print(f"{len(found) - len(columns)} more figures by class are in the summary table")
 
 
 def _number(value: float | None, metric: str = "") -> str:
@@ -544,8 +610,24 @@ def _show_catalogue(family: Literal["models", "datasets", "metrics", "formats"],
     entries = api.catalogue(family)
     if as_json:
         _print_json(entries)
-    else:
-        _show_rows(["name", "what it is"], [[e["name"], e["summary"]] for e in entries])
+        return
+    titles = {"name": "name", "task": "task", "form": "form", "parameters": "parameters", "images_per_s": "images/s"}
+    shown = [k for k in (*titles, "input", "licence", "summary") if k in entries[0]]
+    header = [titles.get(k, "what it is" if k == "summary" else k) for k in shown]
+    rows = [[e[k] for k in shown] for e in entries]
+    said = [r[-1] for r in rows]
+    _show_rows(header, [[*r[:-1], "" if n and said[n - 1] == r[-1] else r[-1]] for n, r in enumerate(rows)])
+
+
+def _show_document(document: dict[str, Any]) -> None:
+    """Key and value a line; lists and tables indented below their key."""
+    for key, value in document.items():
+        if isinstance(value, dict):
+            value = [f"{k} = {v}" for k, v in value.items()]
+        if isinstance(value, list):
+            print(f"{key}:", *(f"  {v}" for v in value), sep="\n")
+        else:
+            print(f"{key}: {value}")
 
 
 def _run_json(result: "RunResult") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from segbatch.records import Figure, Outcome, PlanItem, ShardRef
 from segbatch.runs import Run, RunState, Task
 
 if TYPE_CHECKING:
+    from segbatch.inference.options import InferenceOptions
     from segbatch.models.registry import ModelSource
 
 _INLINE_BYTES = 4 << 30
@@ -239,12 +240,13 @@ def predict_job(
     selection: Selection,
     batch_size: int,
     max_pixels: int,
+    inference: "InferenceOptions | None" = None,
 ) -> Job:
     """The job of ``api.predict``."""
-    from segbatch.models import registry
+    from segbatch.inference import compose
     from segbatch.stages.predict import PredictTask
 
-    source = registry.source(model, classes) if isinstance(model, str) else model
+    source = compose.source(model, classes, inference) if isinstance(model, str) else model
     spec = source.describe()
     where_from = storage.resolve(input)
     config = {
@@ -259,6 +261,8 @@ def predict_job(
         "device": "cpu",
         "schema": schemas.SCHEMA_VERSION,
     }
+    if inference is not None and inference.said:
+        config["inference"] = inference.said
     items = functools.partial(_inputs, where_from, selection.where)
     return Job(
         verb="predict",

@@ -8,6 +8,7 @@ from pydantic import Field
 from segbatch import api, storage, tables
 from segbatch.config import Config, EngineConfig, PlanConfig, RunOptions, apply_sets, parse, read_toml
 from segbatch.errors import ConfigError
+from segbatch.inference.options import InferenceOptions
 from segbatch.jobs import Limits, RunResult, Silent, Watch
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class PredictStage(Config):
     limit: int = Field(default=0, ge=0)
     batch_size: int = Field(default=0, ge=0)
     max_bad_fraction: float = 0.0
+    inference: InferenceOptions = InferenceOptions()
 
 
 class EvaluateStage(Config):
@@ -172,6 +174,7 @@ def predict_stage(config: PipelineConfig, watch: Watch) -> RunResult:
         batch_size=stage.batch_size,
         where=stage.where,
         limit=stage.limit,
+        inference=stage.inference,
         limits=Limits(stage.max_bad_fraction),
         options=config.options,
         watch=watch,

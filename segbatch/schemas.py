@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from segbatch.errors import SchemaError
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 VERSION_KEY = b"segbatch.schema_version"
 TABLE_KEY = b"segbatch.table"
 
@@ -127,6 +127,9 @@ MASKS = pa.schema(
     ]
 )
 
+MATCHES = _list_of(_required("matched", pa.uint64()), _required("ignored", pa.uint64()))
+"""Bits of every entry of ``detections``, by range of size and threshold. New in 1.2."""
+
 STATE = pa.schema(
     [
         _required("sample_id", pa.string()),
@@ -142,9 +145,24 @@ STATE = pa.schema(
                 _required("truth", pa.uint16()), _required("predicted", pa.uint16()), _required("pixels", pa.uint64())
             ),
         ),
+        pa.field("detections", _list_of(_required("category", pa.int32()), _required("score", pa.float64()))),
+        pa.field("matches_segm", MATCHES),
+        pa.field("matches_bbox", MATCHES),
+        pa.field("objects", _list_of(_required("category", pa.int32()), _required("ranges", pa.uint64()))),
+        pa.field("proposals", pa.list_(pa.field("item", pa.uint16(), nullable=False))),
+        pa.field("segment_matches", _list_of(_required("category", pa.int32()), _required("iou", pa.float64()))),
+        pa.field(
+            "segment_errors",
+            _list_of(_required("category", pa.int32()), _required("fp", pa.uint32()), _required("fn", pa.uint32())),
+        ),
     ]
 )
-"""Evaluation state, one row per image: the sparse joint histogram of ground truth and prediction."""
+"""Evaluation state, one row per image; each protocol fills its own columns.
+
+``joint`` is the sparse joint histogram of ground truth and prediction. ``detections`` to ``proposals`` are explained at
+``metrics.coco_figures.Matches``, ``segment_matches`` and ``segment_errors`` at ``metrics.coco_panoptic.SegmentMatches``;
+these are new in 1.2.
+"""
 
 SUMMARY = pa.schema(
     [

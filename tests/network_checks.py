@@ -21,18 +21,23 @@ def parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
+def table(classes: int) -> ClassTable:
+    """So many classes."""
+    return ClassTable(tuple(ClassInfo(i, f"class {i}", isthing=i % 2 == 1) for i in range(classes)))
+
+
 def fresh(kind: str, classes: int = 2, **options: Any) -> nn.Module:
     """A network as training begins with it."""
     torch.manual_seed(0)
     architecture = ARCHITECTURES[kind]
-    return architecture.build(architecture.config(**options), classes)
+    return architecture.build(architecture.config(**options), table(classes))
 
 
 def made(kind: str, classes: int = 3, seed: int = 0, **options: Any) -> nn.Module:
     """A network in evaluation mode that tells places apart: no weight or running mean is zero."""
     architecture = ARCHITECTURES[kind]
     torch.manual_seed(seed)
-    net = architecture.build(architecture.config(**options), classes).eval()
+    net = architecture.build(architecture.config(**options), table(classes)).eval()
     for name, value in [*net.named_parameters(), *net.named_buffers()]:
         if not value.any() and value.is_floating_point():
             torch.nn.init.normal_(value.data, std=0.1 if "score" in name else 0.01)

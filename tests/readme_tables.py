@@ -36,9 +36,23 @@ def formats() -> str:
     return "\n".join(lines)
 
 
+def models() -> str:
+    """Network in the form of its paper x task x parameters x speed."""
+    from segbatch.models import catalogue
+    from segbatch.models.architectures import ARCHITECTURES
+
+    lines = ["| model | form | task | parameters | images/s |", "|---|---|---|---|---|"]
+    for card in catalogue.cards():
+        task = ARCHITECTURES[card.architecture].task
+        speed = f"{card.images_per_s:g} at {card.width}x{card.height}"
+        name = f"`{card.architecture}@FOLDER`"
+        lines.append(f"| {name} | {card.form} | {task} | {card.parameters:,} | {speed} |")
+    return "\n".join(lines)
+
+
 def up_to_date(text: str) -> str:
     """The README with its tables made anew."""
-    for name, table in (("datasets", datasets()), ("formats", formats())):
+    for name, table in (("models", models()), ("datasets", datasets()), ("formats", formats())):
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")

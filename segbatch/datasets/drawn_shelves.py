@@ -1,5 +1,7 @@
 """Drawn photos of retail shelves with exact masks: data for the demo, for tests and for a first training run.
 
+Every facing of a product and every empty facing (gap) is an object of its own.
+
 The classes cannot be told by colour. Walls, boards, price rails, products and the backs of empty facings take their
 colours from one palette, and light, tint, blur and noise change from photo to photo; only shape, shading and place
 tell them apart.
@@ -8,6 +10,7 @@ tell them apart.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -42,6 +45,7 @@ isthing = true
 id = 4
 name = "gap"
 color = [220, 20, 60]
+isthing = true
 
 [[classes]]
 id = 5
@@ -76,10 +80,28 @@ _PALETTE = np.array(
 
 Photo = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
+Objects = NDArray[np.uint16]
+
+
+class Shelf(NamedTuple):
+    """A drawn photo and its truth.
+
+    Attributes:
+        photo: RGB, uint8 of shape (height, width, 3).
+        mask: label ids, uint8 of shape (height, width).
+        objects: a number for every product and gap, 0 elsewhere, uint16 of shape (height, width).
+        quality: of the JPEG file.
+    """
+
+    photo: Photo
+    mask: Mask
+    objects: Objects
+    quality: int
 
 
 def draw(out_dir: str, count: int = 300, seed: int = 0, height: int = 192, width: int = 256) -> None:
-    """Write an ``image-masks`` tree: ``images/{train,val}/shelf_0001.jpg``, ``masks/...png``, ``classes.toml``.
+    """Write an ``image-masks`` tree: ``images/{train,val}/shelf_0001.jpg``, ``masks/...png``, ``instances/...png``,
+    ``classes.toml``.
 
     Every fifth photo is of split ``val``. A photo depends on ``seed``, its number and the size alone, so that more of
     them leave the first ones as they are. The bytes are the same again on one machine.
@@ -96,40 +118,44 @@ def draw(out_dir: str, count: int = 300, seed: int = 0, height: int = 192, width
     if count < 1 or min(height, width) < 64:
         raise ValueError(f"cannot draw {count} shelves of {width} x {height}: at least 1, of at least 64 x 64")
     root = Path(out_dir)
-    for folder in ("images", "masks"):
+    for folder in ("images", "masks", "instances"):
         for split in ("train", "val"):
             (root / folder / split).mkdir(parents=True, exist_ok=True)
     (root / "classes.toml").write_text(CLASSES_TOML, encoding="utf-8")
     for number in range(1, count + 1):
-        photo, mask, quality = shelf(np.random.default_rng([seed, number]), height, width)
+        drawn = shelf(np.random.default_rng([seed, number]), height, width)
         stem = f"{'train' if number % _EVERY_VAL else 'val'}/shelf_{number:04d}"
-        (root / f"images/{stem}.jpg").write_bytes(_encoded(".jpg", photo[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, quality))
-        (root / f"masks/{stem}.png").write_bytes(_encoded(".png", mask, cv2.IMWRITE_PNG_COMPRESSION, 6))
+        jpeg = _encoded(".jpg", drawn.photo[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, drawn.quality)
+        (root / f"images/{stem}.jpg").write_bytes(jpeg)
+        for folder, pixels in (("masks", drawn.mask), ("instances", drawn.objects)):
+            (root / f"{folder}/{stem}.png").write_bytes(_encoded(".png", pixels, cv2.IMWRITE_PNG_COMPRESSION, 6))
 
 
-def shelf(rng: np.random.Generator, height: int, width: int) -> tuple[Photo, Mask, int]:
-    """One photo: (RGB uint8 (height, width, 3), label ids uint8 (height, width), JPEG quality)."""
-    tall, wide = (round(side * (1 + 2 * _MARGIN) * _OVERSAMPLING) for side in (height, width))
-    scene = _Scene(rng, np.zeros((tall, wide, 3), np.uint8), np.zeros((tall, wide), np.uint8))
+def shelf(rng: np.random.Generator, height: int, width: int) -> Shelf:
+    """One photo of (height, width) pixels."""
+    canvas = tuple(round(side * (1 + 2 * _MARGIN) * _OVERSAMPLING) for side in (height, width))
+    scene = _Scene(rng, np.zeros((*canvas, 3), np.uint8), np.zeros(canvas, np.uint8), np.zeros(canvas, np.uint16))
     _furnish(scene)
-    photo, mask = _seen_from_aside(scene, height, width)
+    photo, mask, objects = _seen_from_aside(scene, height, width)
     if rng.random() < 0.2:
         _shopper(rng, photo, mask)
-    return _developed(rng, photo), mask, int(rng.integers(72, 93))
+        objects[mask == VOID] = 0
+    return Shelf(_developed(rng, photo), mask, objects, int(rng.integers(72, 93)))
 
 
-def _encoded(suffix: str, pixels: NDArray[np.uint8], option: int, value: int) -> bytes:
+def _encoded(suffix: str, pixels: NDArray[np.uint8] | NDArray[np.uint16], option: int, value: int) -> bytes:
     _, data = cv2.imencode(suffix, np.ascontiguousarray(pixels), [option, value])
     return data.tobytes()
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """A canvas, its labels and the dice. Boxes are (top, bottom, left, right) in canvas pixels."""
+    """A canvas, its labels and objects, and the dice. Boxes are (top, bottom, left, right) in canvas pixels."""
 
     rng: np.random.Generator
     photo: Photo
     mask: Mask
+    objects: Objects
 
     @property
     def unit(self) -> float:
@@ -151,7 +177,12 @@ class _Scene:
         top, bottom, left, right = box
         self.photo[top:bottom, left:right] = color.astype(np.uint8)
         self.mask[top:bottom, left:right] = label
+        self.objects[top:bottom, left:right] = 0
         return self.photo[top:bottom, left:right]
+
+    def new_object(self) -> int:
+        """A number that no object has."""
+        return int(self.objects.max()) + 1
 
 
 def _furnish(scene: _Scene) -> None:
@@ -245,6 +276,7 @@ def _gap(scene: _Scene, box: tuple[int, int, int, int]) -> None:
     if right <= left:
         return
     scene.mask[top:bottom, left:right] = GAP
+    scene.objects[top:bottom, left:right] = scene.new_object()
     area = scene.photo[top:bottom, left:right]
     across = np.abs(np.linspace(-1, 1, right - left))
     _scale(area, (1 - 0.45 * across**4)[None, :])
@@ -275,6 +307,7 @@ def _stand(scene: _Scene, product: Product, bottom: int, x: int) -> None:
     lit = np.clip(front[:, part] * scene.rng.uniform(0.85, 1.08), 0, 255).astype(np.uint8)
     scene.photo[rows, left:right][inside] = lit[inside]
     scene.mask[rows, left:right][inside] = PRODUCT
+    scene.objects[rows, left:right][inside] = scene.new_object()
 
 
 def _box(scene: _Scene, front: Photo) -> NDArray[np.bool_]:
@@ -358,7 +391,7 @@ def _scale(area: Photo, factor: NDArray[np.floating]) -> None:
     area[:] = np.clip(area * factor[..., None], 0, 255).astype(np.uint8)
 
 
-def _seen_from_aside(scene: _Scene, height: int, width: int) -> tuple[Photo, Mask]:
+def _seen_from_aside(scene: _Scene, height: int, width: int) -> tuple[Photo, Mask, Objects]:
     """Perspective: the corners of the photo lie somewhere in the canvas's margin."""
     tall, wide = scene.mask.shape
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
@@ -367,9 +400,13 @@ def _seen_from_aside(scene: _Scene, height: int, width: int) -> tuple[Photo, Mas
     size = (width * _OVERSAMPLING, height * _OVERSAMPLING)
     matrix = cv2.getPerspectiveTransform(source, corners * np.array(size, np.float32))
     photo = cv2.warpPerspective(scene.photo, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    mask = cv2.warpPerspective(scene.mask, matrix, size, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+    mask, objects = (
+        cv2.warpPerspective(m, matrix, size, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+        for m in (scene.mask, scene.objects)
+    )
     small = cv2.resize(photo, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
-    return small, np.ascontiguousarray(mask[::_OVERSAMPLING, ::_OVERSAMPLING])
+    every = np.s_[::_OVERSAMPLING, ::_OVERSAMPLING]
+    return small, np.ascontiguousarray(mask[every], np.uint8), np.ascontiguousarray(objects[every], np.uint16)
 
 
 def _shopper(rng: np.random.Generator, photo: Photo, mask: Mask) -> None:

@@ -1,4 +1,4 @@
-"""Compiled post-processing: up-sampling, argmax and confidence in one pass over the photo's pixels."""
+"""Compiled post-processing: up-sampling, argmax and confidence in one pass over the photo's pixels; masks."""
 
 import numpy as np
 from numba import njit
@@ -6,39 +6,48 @@ from numpy.typing import NDArray
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _row_at(scores: NDArray[np.float32], at: float, row: NDArray[np.float32]) -> None:
+    """Scores (columns, channels) at the row position ``at``, interpolated linearly."""
+    rows, columns, channels = scores.shape
+    at = min(max(at, 0.0), rows - 1.0)
+    top = int(at)
+    bottom, weight = min(top + 1, rows - 1), np.float32(at - top)
+    for x in range(columns):
+        for c in range(channels):
+            row[x, c] = scores[top, x, c] + (scores[bottom, x, c] - scores[top, x, c]) * weight
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def upsample_argmax(
-    logits: NDArray[np.float32],
-    step_y: float,
-    step_x: float,
+    scores: NDArray[np.float32],
+    grid_y: tuple[float, float],
+    grid_x: tuple[float, float],
+    soft: bool,
     classes: NDArray[np.uint16],
     sums: NDArray[np.float64],
     pixels: NDArray[np.int64],
 ) -> bool:
-    """Bilinear interpolation of logits at each output pixel, its winning class and that class's probability.
+    """Bilinear interpolation of scores at each output pixel, its winning class and that class's probability.
 
     Args:
-        logits: (rows, columns, channels).
-        step_y, step_x: logit rows and columns per output pixel; pixel ``y`` lies at ``(y + 0.5) * step_y - 0.5``.
+        scores: (rows, columns, channels).
+        grid_y, grid_x: (step, shift): output pixel ``y`` lies at row ``(y + 0.5) * step - shift``.
+        soft: the scores are logits, whose soft-max is the probabilities; else they are in proportion to them.
         classes: (height, width), filled with the winning channel, the first of equals.
-        sums: (channels,), added to: soft-max probability of the pixels that the channel won.
+        sums: (channels,), added to: probability of the pixels that the channel won.
         pixels: (channels,), added to: how many those are.
 
     Returns:
-        False when some pixel has no winner, because its logits are not numbers.
+        False when some pixel has no winner, because its scores are not numbers.
     """
-    rows, columns, channels = logits.shape
+    _, columns, channels = scores.shape
     height, width = classes.shape
     row = np.empty((columns, channels), np.float32)
     here = np.empty(channels, np.float32)
     for y in range(height):
-        at = min(max((y + 0.5) * step_y - 0.5, 0.0), rows - 1.0)
-        top = int(at)
-        bottom, weight = min(top + 1, rows - 1), np.float32(at - top)
-        for x in range(columns):
-            for c in range(channels):
-                row[x, c] = logits[top, x, c] + (logits[bottom, x, c] - logits[top, x, c]) * weight
+        _row_at(scores, (y + 0.5) * grid_y[0] - grid_y[1], row)
         for x in range(width):
-            at = min(max((x + 0.5) * step_x - 0.5, 0.0), columns - 1.0)
+            at = min(max((x + 0.5) * grid_x[0] - grid_x[1], 0.0), columns - 1.0)
             left = int(at)
             right, weight = min(left + 1, columns - 1), np.float32(at - left)
             best, winner = np.float32(-np.inf), -1
@@ -47,11 +56,205 @@ def upsample_argmax(
                 if here[c] > best:
                     best, winner = here[c], c
             total = np.float32(0.0)
-            for c in range(channels):
-                total += np.exp(here[c] - best)
-            if winner < 0 or not total >= 1.0:
-                return False
+            if soft:
+                for c in range(channels):
+                    total += np.exp(here[c] - best)
+                if winner < 0 or not total >= 1.0:
+                    return False
+                share = 1.0 / total
+            else:
+                for c in range(channels):
+                    total += here[c]
+                if winner < 0 or not total >= 0.0:
+                    return False
+                share = best / total if total > 0.0 else 1.0 / channels
             classes[y, x] = winner
-            sums[winner] += 1.0 / total
+            sums[winner] += share
             pixels[winner] += 1
     return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def add_probabilities(
+    scores: NDArray[np.float32],
+    grid_y: tuple[float, float],
+    grid_x: tuple[float, float],
+    soft: bool,
+    mirrored: bool,
+    weight: float,
+    canvas: NDArray[np.float32],
+) -> bool:
+    """Add ``weight`` times the class probabilities at each output pixel; arguments as ``upsample_argmax``.
+
+    Args:
+        mirrored: the scores are those of the photo mirrored left to right.
+        canvas: (height, width, channels), added to.
+
+    Returns:
+        False when some pixel's scores are not numbers.
+    """
+    _, columns, channels = scores.shape
+    height, width, _ = canvas.shape
+    row = np.empty((columns, channels), np.float32)
+    here = np.empty(channels, np.float32)
+    for y in range(height):
+        _row_at(scores, (y + 0.5) * grid_y[0] - grid_y[1], row)
+        for x in range(width):
+            at = min(max((x + 0.5) * grid_x[0] - grid_x[1], 0.0), columns - 1.0)
+            left = int(at)
+            right, share = min(left + 1, columns - 1), np.float32(at - left)
+            best, total = np.float32(-np.inf), np.float32(0.0)
+            for c in range(channels):
+                here[c] = row[left, c] + (row[right, c] - row[left, c]) * share
+                best = max(best, here[c])
+            for c in range(channels):
+                if soft:
+                    here[c] = np.exp(here[c] - best)
+                total += here[c]
+            if not (total > 0.0 and total < np.inf):
+                return False
+            factor = np.float32(weight) / total
+            target = width - 1 - x if mirrored else x
+            for c in range(channels):
+                canvas[y, target, c] += here[c] * factor
+    return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def winners(
+    canvas: NDArray[np.float32],
+    classes: NDArray[np.uint16],
+    sums: NDArray[np.float64],
+    pixels: NDArray[np.int64],
+) -> None:
+    """The best class of each pixel of a canvas of probabilities; ``classes``, ``sums``, ``pixels`` as above."""
+    height, width, channels = canvas.shape
+    for y in range(height):
+        for x in range(width):
+            best, winner, total = np.float32(-1.0), 0, np.float32(0.0)
+            for c in range(channels):
+                total += canvas[y, x, c]
+                if canvas[y, x, c] > best:
+                    best, winner = canvas[y, x, c], c
+            classes[y, x] = winner
+            sums[winner] += best / total
+            pixels[winner] += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def suppress(boxes: NDArray[np.float32], classes: NDArray[np.int64], iou: float) -> NDArray[np.bool_]:
+    """Non-maximum suppression within each class.
+
+    Args:
+        boxes: (n, 4) left, top, right, bottom; the best first.
+        classes: (n,).
+        iou: boxes that overlap a better one of their class by more than this are dropped.
+
+    Returns:
+        (n,) whether the box stays.
+    """
+    count = len(boxes)
+    stays = np.ones(count, np.bool_)
+    for i in range(count):
+        if not stays[i]:
+            continue
+        own = (boxes[i, 2] - boxes[i, 0]) * (boxes[i, 3] - boxes[i, 1])
+        for j in range(i + 1, count):
+            if not stays[j] or classes[i] != classes[j]:
+                continue
+            wide = min(boxes[i, 2], boxes[j, 2]) - max(boxes[i, 0], boxes[j, 0])
+            tall = min(boxes[i, 3], boxes[j, 3]) - max(boxes[i, 1], boxes[j, 1])
+            if wide <= 0 or tall <= 0:
+                continue
+            both = wide * tall
+            other = (boxes[j, 2] - boxes[j, 0]) * (boxes[j, 3] - boxes[j, 1])
+            if both > iou * (own + other - both):
+                stays[j] = False
+    return stays
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def paste_runs(
+    mask: NDArray[np.float32], box: NDArray[np.int64], height: int, width: int, threshold: float
+) -> NDArray[np.uint32]:
+    """Run lengths, down the columns, of a mask of m x m probabilities that is stretched over a box of the photo.
+
+    No pixel outside the box is touched, and none is stored. The arithmetic is torchvision's ``paste_mask_in_image``.
+
+    Args:
+        mask: (m, m) probabilities.
+        box: left, top, right, bottom, both ends included; may reach beyond the photo.
+        height, width: of the photo.
+        threshold: above it a pixel belongs to the object.
+
+    Returns:
+        Lengths of alternating runs, background first; they add up to ``height * width``.
+    """
+    side = mask.shape[0]
+    wide, tall = max(box[2] - box[0] + 1, 1), max(box[3] - box[1] + 1, 1)
+    left, right = max(box[0], 0), min(box[2] + 1, width)
+    top, bottom = max(box[1], 0), min(box[3] + 1, height)
+    step_x, step_y = np.float32(side) / np.float32(wide), np.float32(side) / np.float32(tall)
+    upper = np.empty(max(bottom - top, 0), np.int64)
+    share = np.empty(max(bottom - top, 0), np.float32)
+    for y in range(top, bottom):
+        at = max((np.float32(y - box[1]) + np.float32(0.5)) * step_y - np.float32(0.5), np.float32(0.0))
+        upper[y - top] = min(int(at), side - 1)
+        share[y - top] = at - np.float32(upper[y - top])
+    whole_columns = top == 0 and bottom == height
+    runs = np.empty(16, np.uint32)
+    count, last, inside = 0, 0, False
+    column = np.empty(side, np.float32)
+    for x in range(left, right):
+        at = max((np.float32(x - box[0]) + np.float32(0.5)) * step_x - np.float32(0.5), np.float32(0.0))
+        near = min(int(at), side - 1)
+        far, weight = min(near + 1, side - 1), at - np.float32(near)
+        for j in range(side):
+            column[j] = (np.float32(1.0) - weight) * mask[j, near] + weight * mask[j, far]
+        if count + (bottom - top) + 3 > len(runs):
+            runs = np.append(runs, np.empty(len(runs) + bottom - top + 3, np.uint32))
+        for y in range(top, bottom):
+            j, part = upper[y - top], share[y - top]
+            value = (np.float32(1.0) - part) * column[j] + part * column[min(j + 1, side - 1)]
+            if (value > threshold) != inside:
+                runs[count] = x * height + y - last
+                count, last, inside = count + 1, x * height + y, not inside
+        if inside and not whole_columns:
+            runs[count] = x * height + bottom - last
+            count, last, inside = count + 1, x * height + bottom, False
+    if last < height * width:
+        runs[count] = height * width - last
+        count += 1
+    return runs[:count]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def claim(index_map: NDArray[np.uint16], runs: NDArray[np.uint32], value: int, most_taken: float) -> int:
+    """Give the free pixels of an object to it, unless too many of its pixels are taken.
+
+    Args:
+        index_map: (width * height,) down the columns; 0 where a pixel is free.
+        runs: of the object's mask, background first.
+        value: what its pixels become.
+        most_taken: the largest fraction of its pixels that may be taken already.
+
+    Returns:
+        How many pixels it got: 0 when it got none.
+    """
+    area, taken, at = 0, 0, 0
+    for k in range(len(runs)):
+        if k % 2:
+            area += runs[k]
+            for p in range(at, at + runs[k]):
+                taken += index_map[p] != 0
+        at += runs[k]
+    if area == 0 or taken > most_taken * area:
+        return 0
+    at = 0
+    for k in range(len(runs)):
+        if k % 2:
+            for p in range(at, at + runs[k]):
+                if index_map[p] == 0:
+                    index_map[p] = value
+        at += runs[k]
+    return area - taken

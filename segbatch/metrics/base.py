@@ -2,21 +2,27 @@
 
 ``update`` sees one ground-truth row and one prediction row and returns a state; ``columns`` turns states into columns
 of the state table and ``states`` reads them back; ``merge`` adds states; ``compute`` makes figures of the total.
-States hold integers only and merging is exact, so that any partition of the images, merged in any order, gives the
-same bits. Floats appear in ``compute`` alone, and are summed there in class order.
+States hold integers, which merging adds, or what is known of single objects, which merging puts one after the other. So
+any partition of the images, merged in any order, gives the same bits: floats are summed in ``compute`` alone, in class
+order or in ``image_order``.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from segbatch.errors import DataError
 from segbatch.records import Figure
 
 S = TypeVar("S")
+State = TypeVar("State", covariant=True)
+
+_NUMBER = re.compile(r"-?[0-9]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,34 @@ class Row:
         """The row's value in an integer column; None for null."""
         value: int | None = self.batch.column(name)[self.index].as_py()
         return value
+
+
+def same_size(truth: Row, predicted: Row) -> tuple[int, int]:
+    """Height and width of an image.
+
+    Raises:
+        DataError: ``size-mismatch``: its prediction has other ones.
+    """
+    sizes = [(row.number("height") or 0, row.number("width") or 0) for row in (truth, predicted)]
+    if sizes[0] != sizes[1]:
+        name, words = truth.text("sample_id"), [f"{w} x {h}" for h, w in sizes]
+        problem = f"sample {name}: ground truth is {words[0]} pixels, the prediction {words[1]}"
+        raise DataError(problem, "predict on the photo that was ingested", "size-mismatch")
+    return sizes[0]
+
+
+def image_order(sample_ids: Sequence[str]) -> NDArray[np.int64]:
+    """Places of images in the order of their ids: as numbers where all of them are, else as text.
+
+    Evaluators of files with numbers for ids sort them, so this order, not that of shards, decides about ties and sums.
+
+    >>> image_order(["12", "9", "100"]).tolist(), image_order(["12", "9", "a"]).tolist()
+    ([1, 0, 2], [0, 1, 2])
+    """
+    keys: Sequence[tuple[int, str]] = [(0, s) for s in sample_ids]
+    if all(map(_NUMBER.fullmatch, sample_ids)):
+        keys = [(int(s), s) for s in sample_ids]
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +164,11 @@ class Metric(Protocol[S]):
         ...
 
     def states(self, batch: pa.RecordBatch) -> list[S | None]:
-        """Inverse of ``columns``: the state of every row, None where it is null."""
+        """Inverse of ``columns``: the state of every row, None where it is null.
+
+        Args:
+            batch: rows of the state table: ``sample_id`` and ``state_columns``.
+        """
         ...
 
     def merge(self, states: Iterable[S]) -> S:
@@ -147,4 +185,16 @@ class Metric(Protocol[S]):
 
     def confusion(self, total: S) -> Confusion | None:
         """The confusion matrix, or None where the metric has none."""
+        ...
+
+
+@runtime_checkable
+class CountsMissing(Protocol[State]):
+    """A metric whose official evaluator takes an image without any prediction for one where nothing was found.
+
+    Other evaluators refuse such images, and so does segbatch.
+    """
+
+    def empty(self, truth: Row) -> State:
+        """State of an image that no row of masks is there for; ``truth`` as in ``Metric.update``."""
         ...

@@ -4,7 +4,7 @@ A package adds one with an entry point in group ``segbatch.metrics``: name = pro
 with a ``ClassTable`` and obeys ``base.Metric``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -12,6 +12,8 @@ from segbatch.config import nearest
 from segbatch.errors import ConfigError
 from segbatch.metrics.base import Metric
 from segbatch.metrics.camvid import CamVidMetric, CamVidStrictMetric
+from segbatch.metrics.coco_instance import CocoInstanceMetric
+from segbatch.metrics.coco_panoptic import CocoPanopticMetric
 from segbatch.metrics.semantic import SemanticMetric
 from segbatch.records import ClassTable
 
@@ -21,9 +23,16 @@ METRICS: dict[str, MetricFactory] = {
     SemanticMetric.name: SemanticMetric,
     CamVidMetric.name: CamVidMetric,
     CamVidStrictMetric.name: CamVidStrictMetric,
+    CocoInstanceMetric.name: CocoInstanceMetric,
+    CocoPanopticMetric.name: CocoPanopticMetric,
 }
 
-_DEFAULTS = {"camvid": CamVidMetric.name}
+_DEFAULTS = {
+    "camvid": CamVidMetric.name,
+    "coco-instances": CocoInstanceMetric.name,
+    "coco-panoptic": CocoPanopticMetric.name,
+}
+_BY_TASK = {"instance": CocoInstanceMetric.name, "panoptic": CocoPanopticMetric.name}
 
 ENTRY_POINTS = "segbatch.metrics"
 
@@ -33,9 +42,10 @@ def names() -> list[str]:
     return sorted({*METRICS, *(e.name for e in entry_points(group=ENTRY_POINTS))})
 
 
-def default_protocol(dataset_name: str) -> str:
-    """The dataset's official protocol, else ``semantic``."""
-    return _DEFAULTS.get(dataset_name, SemanticMetric.name)
+def default_protocol(dataset_name: str, tasks: Sequence[str] = ()) -> str:
+    """The dataset's official protocol; else COCO's where its only task has one, else ``semantic``."""
+    only = _BY_TASK.get(tasks[0], SemanticMetric.name) if len(tasks) == 1 else SemanticMetric.name
+    return _DEFAULTS.get(dataset_name, only)
 
 
 def metric(protocol: str) -> MetricFactory:

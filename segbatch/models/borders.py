@@ -1,4 +1,4 @@
-"""Rows and columns around a photo that a network needs, and taking them off again."""
+"""What is done to a photo inside a network before its first layer, and undone behind its last."""
 
 import torch
 from torch import Tensor
@@ -28,3 +28,8 @@ def extended(x: Tensor, before: int, height: int, width: int) -> Tensor:
 def cut(x: Tensor, height: int, width: int) -> Tensor:
     """The first rows and columns of (n, c, h, w): a padding below zero, which unlike a slice is traced for any size."""
     return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
+
+
+def as_fed(x: Tensor, channels: int) -> Tensor:
+    """(n, channels, h, w) of a batch: the mean of red, green and blue where the network sees one channel of photos."""
+    return x.mean(1, keepdim=True) if channels == 1 and x.shape[1] == 3 else x

@@ -109,10 +109,11 @@ class Checkpoint:
         }
         return ModelSpec(
             name=name,
-            task="semantic",
+            task=architecture.task,
             classes=table,
             input=architecture.input_spec(config),
             output=architecture.output,
+            choice=architecture.choice,
             digest=digest_of(decides),
             licence=self.file.licence,
             source=self.file.source,
@@ -124,7 +125,7 @@ class Checkpoint:
         Raises:
             ConfigError: the weights cannot be read or do not fit, naming the tensors.
         """
-        net = self.architecture.build(self.config, len(self.file.classes))
+        net = self.architecture.build(self.config, self.classes)
         load_state(net, read_state(self.weights, f"{self.uri}/{WEIGHTS_FILE}"), self.uri)
         return net
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segbatch.errors import ConfigError
-from segbatch.models.borders import cut
+from segbatch.models.borders import as_fed, cut
 from segbatch.models.config import DeepLabConfig
 from segbatch.models.vgg import initialise, scaled
 
@@ -38,10 +38,11 @@ _EXTRA = "pip install 'segbatch[pretrained]'"
 
 
 class DeepLab(nn.Module):
-    """The network: (n, 3, h, w) float of any size -> logits (n, classes, h, w)."""
+    """The network: (n, channels, h, w) float of any size -> logits (n, classes, h, w)."""
 
     def __init__(self, config: DeepLabConfig, classes: int) -> None:
         super().__init__()
+        self.channels = config.channels
         self.backbone = backbone(config)
         low, high = (int(c) for c in self.backbone.feature_info.channels())  # type: ignore[union-attr, operator]
         channels, skip = scaled(PYRAMID_CHANNELS, config.width), scaled(LOW_CHANNELS, config.width)
@@ -56,6 +57,7 @@ class DeepLab(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits at the input's size."""
         height, width = x.shape[-2:]
+        x = as_fed(x, self.channels)
         x = F.pad(x, (0, -(width - 1) % _GRID, 0, -(height - 1) % _GRID))
         low, high = self.backbone(x)
         skip = self.low(low)
@@ -134,6 +136,7 @@ def backbone(config: DeepLabConfig) -> nn.Module:
     net: nn.Module = timm.create_model(
         config.backbone,
         pretrained=False,
+        in_chans=config.channels,
         features_only=True,
         feature_cls="getter",
         out_indices=(1, 4),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segbatch.errors import ConfigError
+from segbatch.models.borders import as_fed
 from segbatch.models.config import FCNConfig
 from segbatch.models.vgg import STAGES, conv_stages, initialise, scaled
 
@@ -33,14 +34,15 @@ _OWN = ("upscore", "score_pool")
 
 
 class FCN(nn.Module):
-    """The network: (n, 3, h, w) float of any size -> logits (n, classes, h, w)."""
+    """The network: (n, channels, h, w) float of any size -> logits (n, classes, h, w)."""
 
     def __init__(self, config: FCNConfig, classes: int) -> None:
         super().__init__()
+        self.channels = config.channels
         self.stride = config.stride
         hidden = scaled(4096, config.width)
         pool3, pool4, pool5 = (scaled(stage[-1], config.width) for stage in STAGES[2:])
-        self.stages = conv_stages(config.width, norm=False, padding=PADDING)
+        self.stages = conv_stages(config.width, norm=False, padding=PADDING, inputs=config.channels)
         self.fc6 = nn.Conv2d(pool5, hidden, 7)
         self.fc7 = nn.Conv2d(hidden, hidden, 1)
         self.dropout = nn.Dropout(config.dropout)
@@ -57,6 +59,7 @@ class FCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits at the input's size."""
         height, width = x.shape[-2:]
+        x = as_fed(x, self.channels)
         pools = []
         for stage in self.stages:
             x = F.max_pool2d(stage(x), 2, ceil_mode=True)

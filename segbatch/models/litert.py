@@ -3,9 +3,9 @@
 The file's own input says size and type. Its output is one of: label maps (n, h, w) of integers; scores (n, h, w, C),
 float or quantised; one score (n, h, w, 1), the probability of the foreground, which becomes two classes.
 
-Classes come from, in this order: the list the user gives (``--classes``); a side-car ``<file>.toml`` (``SideCar``);
-the only ``*labels*.txt`` of the same folder; the label file packed into the model. With none of these the label maps
-are written as they come.
+Classes come from, in this order: the list the user gives (``--classes``); a side-car ``<file>.toml`` (see ``side_car``;
+of its other keys, ``mean``, ``std`` and ``output`` count); the only ``*labels*.txt`` of the same folder; the label file
+packed into the model. With none of these the label maps are written as they come.
 """
 
 import functools
@@ -13,43 +13,28 @@ import io
 import threading
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segbatch import storage
-from segbatch.config import digest_of, parse
+from segbatch.config import digest_of
 from segbatch.errors import ConfigError, ObjectMissing
 from segbatch.models.base import InputSpec, ModelSpec, Segmenter
 from segbatch.models.checkpoint import weights_digest
-from segbatch.models.classes import ClassesFile, class_table, names_in, read_class_table, toml_content
+from segbatch.models.classes import ClassesFile, class_table, names_in, read_class_table
+from segbatch.models.side_car import SideCar, check_keys, class_table_for, input_spec_of, read_side_car, side_car_uri
 from segbatch.records import ClassTable
 
 _EXTRA = "pip install 'segbatch[litert]'"
 _TINY = 1e-6
 """Probabilities are kept this far from 0 and 1 before their logarithm is taken."""
 
-Scores = Literal["logits", "probabilities"]
-Triple = tuple[float, float, float]
-
-
-class SideCar(ClassesFile):
-    """What ``<file>.toml`` beside a LiteRT file may say.
-
-    Attributes:
-        classes, label_ids, colors: see ``ClassesFile``.
-        mean, std: of a float input, per RGB channel, in units of 0..1; by default pixels are fed as 0..1.
-        scores: what the outputs are; by default probabilities when there is one channel, else logits.
-        licence, source: of the weights.
-    """
-
-    mean: Triple = (0.0, 0.0, 0.0)
-    std: Triple = (1.0, 1.0, 1.0)
-    scores: Scores | None = None
-    licence: str = ""
-    source: str = ""
+_AS_IT_IS = InputSpec(resize="stretch", layout="nhwc", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+"""Pixels are fed as 0..1 where nobody says otherwise."""
+_FOREGROUND = class_table(ClassesFile(classes=("background", "foreground")), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +65,15 @@ class LiteRtSource:
             data = storage.read_bytes(uri)
         except ObjectMissing as error:
             raise ConfigError(f"model {self.reference}: {error.problem}", error.fix) from error
-        side_car = _side_car(uri)
+        side_car = read_side_car(uri)
+        check_keys(side_car, uri, ("mean", "std", "output"))
         make = functools.partial(_interpreter, data, threads, self.reference)
         interpreter = make()
         tensors = _tensors(interpreter, self.reference)
+        if side_car.output == "labels" and not tensors.labels:
+            raise ConfigError(
+                f"{side_car_uri(uri)}: the outputs of {uri} are no labels", "write logits or probabilities"
+            )
         classes = _classes(uri, data, side_car, self.classes_uri, tensors.channels)
         spec = _spec(self.reference, data, tensors, side_car, classes)
         return LiteRtSegmenter(make, interpreter, spec, tensors, side_car)
@@ -163,46 +153,27 @@ def _tensors(interpreter: Any, reference: str) -> _Tensors:
     )
 
 
-def _side_car(uri: str) -> SideCar:
-    where = f"{uri}.toml"
-    try:
-        text = storage.read_bytes(where).decode("utf-8")
-    except ObjectMissing:
-        return SideCar()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8 text") from error
-    return parse(SideCar, toml_content(text, where), where)
-
-
 def _classes(uri: str, data: bytes, side_car: SideCar, classes_uri: str, channels: int) -> ClassTable:
     """The class table; see the module's docstring for the order."""
     wanted = max(channels, 2) if channels else 0
-    for where, table in _class_lists(uri, data, side_car, classes_uri):
-        if not wanted or len(table.classes) == wanted:
-            return table
-        if where in (classes_uri, f"{uri}.toml"):
-            raise ConfigError(
-                f"{where} names {len(table.classes)} classes, {uri} has {wanted} outputs",
-                "give one name for each output",
-            )
-    return class_table(ClassesFile(classes=("background", "foreground")), uri) if channels == 1 else ClassTable(())
+    named = classes_uri or side_car.classes
+    own = [] if named else [t for t in _own_lists(uri, data) if not wanted or len(t.classes) == wanted]
+    if channels == 1:
+        own.append(_FOREGROUND)
+    return class_table_for(uri, wanted, classes_uri, side_car, own[0] if own else None)
 
 
-def _class_lists(uri: str, data: bytes, side_car: SideCar, classes_uri: str) -> list[tuple[str, ClassTable]]:
-    """(where it stands, table) of the lists that are there, the strongest first."""
-    if classes_uri:
-        return [(classes_uri, read_class_table(classes_uri))]
-    if side_car.classes:
-        return [(f"{uri}.toml", class_table(side_car, f"{uri}.toml"))]
+def _own_lists(uri: str, data: bytes) -> list[ClassTable]:
+    """The lists beside the file and in it, the strongest first."""
     folder = uri.rsplit("/", 1)[0]
     beside = [
         f.uri
         for f in storage.list_files(folder, (".txt",), recursive=False)
         if "labels" in storage.name_of(f.uri).lower()
     ]
-    found = [(beside[0], read_class_table(beside[0]))] if len(beside) == 1 else []
+    found = [read_class_table(beside[0])] if len(beside) == 1 else []
     packed = _packed_labels(data)
-    return found + ([(f"{uri}!", class_table(packed, uri))] if packed else [])
+    return found + ([class_table(packed, uri)] if packed else [])
 
 
 def _packed_labels(data: bytes) -> ClassesFile | None:
@@ -216,20 +187,13 @@ def _packed_labels(data: bytes) -> ClassesFile | None:
 
 def _spec(reference: str, data: bytes, tensors: _Tensors, side_car: SideCar, classes: ClassTable) -> ModelSpec:
     floats = tensors.input_type == "float32"
-    spec = InputSpec(
-        height=tensors.height,
-        width=tensors.width,
-        resize="stretch",
-        layout="nhwc",
-        dtype="float32" if floats else "uint8",
-        mean=side_car.mean,
-        std=side_car.std,
-    )
+    own = replace(_AS_IT_IS, height=tensors.height, width=tensors.width, dtype="float32" if floats else "uint8")
+    spec = input_spec_of(side_car, own)
     decides = {
         "file": weights_digest(data),
-        "mean": side_car.mean if floats else None,
-        "std": side_car.std if floats else None,
-        "scores": side_car.scores,
+        "mean": spec.mean if floats else None,
+        "std": spec.std if floats else None,
+        "scores": side_car.output,
         "label_ids": [c.label_id for c in classes.classes],
     }
     return ModelSpec(
@@ -258,7 +222,7 @@ class LiteRtSegmenter:
         self._unused = [first]
         self._own = threading.local()
         self._tensors = tensors
-        self._scores: Scores = side_car.scores or ("probabilities" if tensors.channels == 1 else "logits")
+        self._scores = side_car.output or ("probabilities" if tensors.channels == 1 else "logits")
 
     def allocate(self) -> None:
         """Make room for a batch of one, in the first interpreter.

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segbatch.models.borders import extended
+from segbatch.models.borders import as_fed, extended
 from segbatch.models.config import PatchConfig
 from segbatch.models.vgg import initialise
 
 
 class PatchNet(nn.Module):
-    """The network: (n, 3, h, w) float of any size -> logits (n, classes, h, w)."""
+    """The network: (n, channels, h, w) float of any size -> logits (n, classes, h, w)."""
 
     def __init__(self, config: PatchConfig, classes: int) -> None:
         super().__init__()
-        self.window, self.grey = config.window, config.channels == 1
+        self.window, self.channels = config.window, config.channels
         inputs = [config.channels, *[config.maps] * (len(config.kernels) - 1)]
         self.convs = nn.ModuleList(nn.Conv2d(i, config.maps, k) for i, k in zip(inputs, config.kernels, strict=True))
         self.hidden = nn.Conv2d(config.maps, config.hidden, config.last_side)
@@ -38,7 +38,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits at the input's size; pixel (y, x) is the middle of its window, ``window // 2`` from its corner."""
-        x = x.mean(1, keepdim=True) if self.grey else x
+        x = as_fed(x, self.channels)
         around = self.window - 1
         return self.dense(extended(x, self.window // 2, x.shape[-2] + around, x.shape[-1] + around))
 

@@ -87,7 +87,65 @@ def _litert(reference: str, classes_uri: str) -> ModelSource:
     return LiteRtSource(reference, classes_uri)
 
 
-LOADERS: Mapping[str, Loader] = {"litert": _litert}
+def _torchvision(reference: str, classes_uri: str) -> ModelSource:
+    """A segmentation or Mask R-CNN model of torchvision: ``name=WEIGHTS`` or ``name@file``; extra ``pretrained``."""
+    from segbatch.models.torchvision_zoo import TorchvisionSource
+
+    return TorchvisionSource(reference, classes_uri)
+
+
+def _hf(reference: str, classes_uri: str) -> ModelSource:
+    """A transformers model for semantic, instance or panoptic segmentation: a folder or an id; extra ``hf``."""
+    from segbatch.models.hf import HfSource
+
+    return HfSource(reference, classes_uri)
+
+
+def _smp(reference: str, classes_uri: str) -> ModelSource:
+    """A folder that segmentation_models_pytorch's ``save_pretrained`` wrote; extra ``smp``."""
+    from segbatch.models.smp import SmpSource
+
+    return SmpSource(reference, classes_uri)
+
+
+def _timm(reference: str, classes_uri: str) -> ModelSource:
+    """A U-Net decoder on a timm encoder, ``encoder@weights``: a state dict or safetensors file; extra ``smp``."""
+    from segbatch.models.timm_unet import TimmSource
+
+    return TimmSource(reference, classes_uri)
+
+
+def _onnx(reference: str, classes_uri: str) -> ModelSource:
+    """An ONNX file; extra ``onnx``."""
+    from segbatch.models.onnx import OnnxSource
+
+    return OnnxSource(reference, classes_uri)
+
+
+def _torchscript(reference: str, classes_uri: str) -> ModelSource:
+    """A TorchScript file."""
+    from segbatch.models.exported import TorchScriptSource
+
+    return TorchScriptSource(reference, classes_uri)
+
+
+def _pt2(reference: str, classes_uri: str) -> ModelSource:
+    """A program that ``torch.export.save`` wrote (.pt2)."""
+    from segbatch.models.exported import Pt2Source
+
+    return Pt2Source(reference, classes_uri)
+
+
+LOADERS: Mapping[str, Loader] = {
+    "torchvision": _torchvision,
+    "hf": _hf,
+    "smp": _smp,
+    "timm": _timm,
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "pt2": _pt2,
+    "litert": _litert,
+}
 """Loaders of other people's files by the name in ``loader:reference``."""
 
 

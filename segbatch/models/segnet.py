@@ -16,6 +16,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from segbatch.models.borders import as_fed
 from segbatch.models.config import SegNetConfig
 from segbatch.models.vgg import STAGES, conv_stage, conv_stages, initialise, scaled
 
@@ -23,24 +24,26 @@ BASIC_CHANNELS, BASIC_LEVELS = 64, 4
 
 
 class SegNet(nn.Module):
-    """The network: (n, 3, h, w) float of any size -> logits (n, classes, h, w)."""
+    """The network: (n, channels, h, w) float of any size -> logits (n, classes, h, w)."""
 
     def __init__(self, config: SegNetConfig, classes: int) -> None:
         super().__init__()
+        self.channels = config.channels
         if config.variant == "basic":
             channels = scaled(BASIC_CHANNELS, config.width)
-            inputs = [3, *[channels] * (BASIC_LEVELS - 1)]
+            inputs = [config.channels, *[channels] * (BASIC_LEVELS - 1)]
             self.encoder = nn.ModuleList(_basic_stage(i, channels, relu=True) for i in inputs)
             self.decoder = nn.ModuleList(_basic_stage(channels, channels, relu=False) for _ in inputs)
             self.head: nn.Module = nn.Conv2d(channels, classes, 1)
         else:
-            self.encoder = conv_stages(config.width, norm=True)
+            self.encoder = conv_stages(config.width, norm=True, inputs=config.channels)
             self.decoder = nn.ModuleList(_mirrored(level, config.width) for level in reversed(range(len(STAGES))))
             self.head = nn.Conv2d(scaled(STAGES[0][0], config.width), classes, 3, padding=1)
         self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits at the input's size."""
+        x = as_fed(x, self.channels)
         places, sizes = [], []
         for stage in self.encoder:
             x = stage(x)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from segbatch.errors import ConfigError
+from segbatch.models.borders import as_fed
 from segbatch.models.config import UNetConfig
 
 if TYPE_CHECKING:
@@ -38,10 +39,12 @@ def double_conv(inputs: int, outputs: int) -> nn.Sequential:
 class OwnEncoder(nn.Module):
     """The paper's contracting path: ``depth`` double convolutions with 2x2 max-pooling between them."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, width: int, depth: int, inputs: int = 3) -> None:
         super().__init__()
         self.channels = [width << level for level in range(depth)]
-        self.levels = nn.ModuleList(double_conv(i, o) for i, o in zip([3, *self.channels], self.channels, strict=False))
+        self.levels = nn.ModuleList(
+            double_conv(i, o) for i, o in zip([inputs, *self.channels], self.channels, strict=False)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features of every level, finest first: (n, width << level, h >> level, w >> level)."""
@@ -90,16 +93,17 @@ class SkipDecoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network: (n, 3, h, w) float, h and w multiples of ``divisor(config)`` -> logits (n, classes, h', w')."""
+    """The network: (n, channels, h, w) float, sides multiples of ``divisor(config)`` -> logits (n, classes, h', w')."""
 
     def __init__(self, config: UNetConfig, classes: int) -> None:
         super().__init__()
+        self.channels = config.channels
         if config.encoder:
-            self.encoder: nn.Module = lite0_encoder()
+            self.encoder: nn.Module = lite0_encoder(config.channels)
             channels = [int(c) for c in self.encoder.feature_info.channels()]  # type: ignore[union-attr, operator]
             self.decoder: nn.Module = SkipDecoder(channels, config.decoder)
         else:
-            own = OwnEncoder(config.width, config.depth)
+            own = OwnEncoder(config.width, config.depth, config.channels)
             self.encoder, self.decoder = own, OwnDecoder(own.channels)
         self.head = nn.Conv2d(int(self.decoder.outputs), classes, 1)
         for part in (self.decoder, self.head) if config.encoder else (self,):
@@ -107,6 +111,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits at the input's size, or a stride of it when the decoder is shorter."""
+        x = as_fed(x, self.channels)
         logits: Tensor = self.head(self.decoder(self.encoder(x)))
         return logits
 
@@ -124,7 +129,7 @@ def divisor(config: UNetConfig) -> int:
     return 32 if config.encoder else 1 << (config.depth - 1)
 
 
-def lite0_encoder() -> nn.Module:
+def lite0_encoder(inputs: int = 3) -> nn.Module:
     """EfficientNet-Lite0 without its head, random weights: features of strides 2, 4, 8, 16, 32.
 
     Raises:
@@ -134,7 +139,9 @@ def lite0_encoder() -> nn.Module:
         import timm
     except ImportError as error:
         raise ConfigError("the encoder efficientnet_lite0 needs the package timm", _EXTRA) from error
-    encoder: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True)
+    encoder: nn.Module = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, features_only=True, in_chans=inputs
+    )
     return encoder
 
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from segbatch.models.borders import cut, extended
+from segbatch.models.borders import as_fed, cut, extended
 from segbatch.models.config import UNetValidConfig
 
 
 class UNetValid(nn.Module):
-    """The network: (n, 3, h, w) float of any size -> logits (n, classes, h, w)."""
+    """The network: (n, channels, h, w) float of any size -> logits (n, classes, h, w)."""
 
     def __init__(self, config: UNetValidConfig, classes: int) -> None:
         super().__init__()
-        self.depth, self.grey = config.depth, config.channels == 1
+        self.depth, self.channels = config.depth, config.channels
         channels = [config.width << level for level in range(config.depth)]
         self.down = nn.ModuleList(double_conv(i, o) for i, o in pairwise([config.channels, *channels]))
         self.dropout = nn.Dropout(config.dropout)
@@ -39,7 +39,7 @@ class UNetValid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits at the input's size."""
         height, width = x.shape[-2:]
-        x = x.mean(1, keepdim=True) if self.grey else x
+        x = as_fed(x, self.channels)
         margin = (input_side(1, self.depth) - output_side(1, self.depth)) // 2
         padded = extended(x, margin, input_side(height, self.depth), input_side(width, self.depth))
         return cut(self.valid(padded), height, width)

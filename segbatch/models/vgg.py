@@ -37,15 +37,16 @@ def conv_stage(inputs: int, outputs: Sequence[int], norm: bool, padding: int = 1
     return nn.Sequential(layers)
 
 
-def conv_stages(width: float, norm: bool, padding: int = 1) -> nn.ModuleList:
-    """The five stages, without the pooling: RGB in, ``scaled(512, width)`` channels out.
+def conv_stages(width: float, norm: bool, padding: int = 1, inputs: int = 3) -> nn.ModuleList:
+    """The five stages, without the pooling: ``inputs`` channels in, ``scaled(512, width)`` out.
 
     Args:
         width: fraction of the channels.
         norm: with batch normalisation.
         padding: of the very first convolution.
+        inputs: channels of the photo.
     """
-    stages, inputs = [], 3
+    stages = []
     for number, channels in enumerate(STAGES):
         outputs = [scaled(c, width) for c in channels]
         stages.append(conv_stage(inputs, outputs, norm, 1 if number else padding))

@@ -69,12 +69,30 @@ def error_map(
         truth, predicted: label maps (height, width).
         ignored: ids that are not scored.
     """
-    grey = 255 - (255 - _grey(photo)) * 0.45 if photo is not None else np.full(truth.shape, 225.0)
-    picture = np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
+    picture = pale(photo, truth.shape)
     skipped = np.isin(truth, ignored)
     for where, color in ((skipped, IGNORED_COLOR), (~skipped & (truth != predicted), WRONG_COLOR)):
         picture[where] = np.rint(0.2 * picture[where] + 0.8 * np.array(color)).astype(np.uint8)
     return picture
+
+
+def pale(photo: Rgb | None, shape: tuple[int, ...]) -> Rgb:
+    """The photo in pale grey, or light grey of that shape, as RGB (height, width, 3)."""
+    grey = 255 - (255 - _grey(photo)) * 0.45 if photo is not None else np.full(shape, 225.0)
+    return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def outlined(picture: Rgb, parts: NDArray[np.uint16]) -> Rgb:
+    """``picture`` with a white line along every border between parts.
+
+    Args:
+        picture: RGB (height, width, 3).
+        parts: number of the object or segment of every pixel (height, width).
+    """
+    border = np.zeros(parts.shape, bool)
+    border[:, :-1] |= parts[:, 1:] != parts[:, :-1]
+    border[:-1] |= parts[1:] != parts[:-1]
+    return np.where(border[..., None], np.uint8(255), picture)
 
 
 def _grey(photo: Rgb) -> NDArray[np.float64]:

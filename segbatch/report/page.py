@@ -27,8 +27,42 @@ _CARDS = (
     ("global_accuracy", "pixel accuracy"),
     ("fwiou", "frequency-weighted IoU"),
     ("mean_dice", "mean Dice"),
+    ("segm_ap", "mask AP"),
+    ("segm_ap50", "mask AP at IoU .50"),
+    ("segm_ap75", "mask AP at IoU .75"),
+    ("bbox_ap", "box AP"),
+    ("bbox_ap50", "box AP at IoU .50"),
+    ("bbox_ap75", "box AP at IoU .75"),
+    ("pq", "panoptic quality"),
+    ("sq", "segmentation quality"),
+    ("rq", "recognition quality"),
+    ("pq_things", "PQ of things"),
+    ("pq_stuff", "PQ of stuff"),
 )
-_PER_CLASS = ("iou", "accuracy", "precision", "recall", "dice")
+_PER_CLASS = {
+    "iou": "IoU",
+    "accuracy": "Accuracy",
+    "precision": "Precision",
+    "recall": "Recall",
+    "dice": "Dice",
+    "segm_ap": "Mask AP",
+    "segm_ap50": "Mask AP50",
+    "segm_ap75": "Mask AP75",
+    "bbox_ap": "Box AP",
+    "bbox_ap50": "Box AP50",
+    "bbox_ap75": "Box AP75",
+    "pq": "PQ",
+    "sq": "SQ",
+    "rq": "RQ",
+}
+"""Figures by class that the page shows, and the heads of their columns."""
+
+_UNITS = {"instances": "objects", "panoptic": "segments"}
+_SCORES = {
+    "semantic": "the mean IoU over the classes that it shows or predicts",
+    "instances": "the mean mask AP over the classes that it shows, as if it were the only image",
+    "panoptic": "its own panoptic quality",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +73,15 @@ class Card:
     value: float | None = None
     count: int | None = None
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Further:
+    """A figure over all classes that is no card: value 0..1 (None: undefined), and objects behind it."""
+
+    name: str
+    value: float | None
+    support: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +178,8 @@ def render(root: str, worst: int = 20) -> str:
     if not tables.has(root, "summary"):
         raise ConfigError(f"{root} has no summary: its evaluation has not finished", "run segbatch evaluate again")
     summary = [row for batch in tables.scan(root, "summary") for row in batch.to_pylist()]
-    classes = cases.classes_of(root)
+    classes, task = cases.classes_of(root), cases.task_of(sources.protocol)
+    heads = _heads(summary)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("segbatch", "report"),
         autoescape=True,
@@ -149,10 +193,13 @@ def render(root: str, worst: int = 20) -> str:
         split=summary[0]["split"] if summary else "",
         protocol=sources.protocol,
         cards=_cards(summary),
+        further=_further(summary),
         facts=_facts(root, sources),
         config=_model_config(sources.masks),
-        class_rows=_class_rows(summary, classes),
-        metrics=_PER_CLASS,
+        class_rows=_class_rows(summary, classes, next(iter(heads), "")),
+        heads=heads,
+        unit=_UNITS.get(task, "pixels"),
+        what_score=_SCORES.get(task, "what its protocol says"),
         matrix=_matrix(root),
         scores=_scores(root),
         worst=list(_worst_cards(root, worst)),
@@ -178,15 +225,40 @@ def _css(color: tuple[int, int, int]) -> str:
     return f"rgb({color[0]},{color[1]},{color[2]})"
 
 
+def _whole(summary: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows over all classes by figure."""
+    return {row["metric"]: row for row in summary if not row["class"] and not row["slice"]}
+
+
 def _cards(summary: Sequence[dict[str, Any]]) -> list[Card]:
-    whole = {row["metric"]: row for row in summary if not row["class"] and not row["slice"]}
+    """The figures known here; all where there is none of them."""
+    whole = _whole(summary)
     cards = [Card(title, whole[name]["value"]) for name, title in _CARDS if name in whole]
-    known = {name for name, _ in _CARDS}
-    cards += [Card(n, row["value"]) for n, row in whole.items() if n not in known and not n.startswith("images_")]
-    for name, title in (("images_scored", "images scored"), ("images_skipped", "images left out")):
-        if name in whole:
+    if not cards:
+        cards = [Card(name, row["value"]) for name, row in whole.items() if not name.startswith("images_")]
+    for name, title in (
+        ("images_scored", "images scored"),
+        ("images_skipped", "images left out"),
+        ("images_counted_empty", "images without prediction, counted as empty"),
+    ):
+        if name in whole and (whole[name]["value"] or name != "images_counted_empty"):
             cards.append(Card(title, count=int(whole[name]["value"] or 0)))
     return cards
+
+
+def _further(summary: Sequence[dict[str, Any]]) -> list[Further]:
+    """What stands on no card."""
+    whole, known = _whole(summary), {name for name, _ in _CARDS}
+    if known.isdisjoint(whole):
+        return []
+    others = {n: row for n, row in whole.items() if n not in known and not n.startswith("images_")}
+    return [Further(name, row["value"], row["support"]) for name, row in others.items()]
+
+
+def _heads(summary: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Heads of the columns of the per-class table by figure; the first six where none is known here."""
+    there = list(dict.fromkeys(row["metric"] for row in summary if row["class"] and not row["slice"]))
+    return {n: head for n, head in _PER_CLASS.items() if n in there} or {n: n for n in there[:6]}
 
 
 def _facts(root: str, sources: cases.Sources) -> list[tuple[str, str]]:
@@ -232,18 +304,18 @@ def _flat(config: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
             yield f"{path}{key}", str(value)
 
 
-def _class_rows(summary: Sequence[dict[str, Any]], classes: ClassTable) -> list[ClassRow]:
-    """Best IoU first; classes without ground truth last."""
+def _class_rows(summary: Sequence[dict[str, Any]], classes: ClassTable, by: str) -> list[ClassRow]:
+    """The best by figure ``by`` first; classes without ground truth last."""
     values: dict[str, dict[str, float | None]] = {}
     support: dict[str, int] = {}
     for row in summary:
         if row["class"] and not row["slice"]:
             values.setdefault(row["class"], {})[row["metric"]] = row["value"]
-            support[row["class"]] = row["support"] or 0
+            support.setdefault(row["class"], row["support"] or 0)
     whole = sum(support.values()) or 1
     colors = {c.name: _css(overlay.colors_of(classes)[c.label_id]) for c in classes.classes}
     rows = [ClassRow(n, colors.get(n, ""), support[n], support[n] / whole, v) for n, v in values.items()]
-    return sorted(rows, key=lambda r: (r.support == 0, -(r.values.get("iou") or 0.0)))
+    return sorted(rows, key=lambda r: (r.support == 0, -(r.values.get(by) or 0.0)))
 
 
 def _matrix(root: str) -> Matrix:
@@ -252,6 +324,8 @@ def _matrix(root: str) -> Matrix:
     for batch in tables.scan(root, "confusion"):
         for row in batch.to_pylist():
             pixels[row["truth"], row["predicted"]] = row["pixels"]
+    if not pixels:
+        return Matrix((), (), ())
     summary = [r for b in tables.scan(root, "summary", ("metric", "class")) for r in b.to_pylist()]
     names = list(dict.fromkeys(r["class"] for r in summary if r["class"]))
     others = [p for p in dict.fromkeys(predicted for _, predicted in pixels) if p not in names]

@@ -11,17 +11,27 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from segbatch import storage, tables
-from segbatch.codecs import columns, photo, runlength
+from segbatch.codecs import columns, photo, rle, runlength
 from segbatch.errors import ConfigError, DataError, ObjectMissing, SegbatchError, StorageError
+from segbatch.metrics import registry
+from segbatch.metrics.base import Row
+from segbatch.metrics.columns import instances_of, segments_of
 from segbatch.records import OK, ClassTable
 from segbatch.report import overlay
 from segbatch.report.overlay import Rgb
 
 PANEL_WIDTH = 480
 
+MIN_SCORE = 0.5
+"""Detections below this are not drawn."""
+
+_NOTHING = (1 << 16) - 1
+"""Stands in label maps of objects and segments where there is none."""
+
 _IMAGE_COLUMNS = ("sample_id", "split", "image_uri", "status", "score", "classes")
-_SAMPLE_COLUMNS = ("image", "image_uri", "height", "width", "exif_orientation", "semantic")
-_MASK_COLUMNS = ("height", "width", "semantic")
+_SAMPLE_COLUMNS = ("image", "image_uri", "height", "width", "exif_orientation")
+_MASK_COLUMNS = ("height", "width")
+_TASK_COLUMNS = {"semantic": ("semantic",), "instances": ("instances",), "panoptic": ("panoptic", "segments")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +65,20 @@ def sources_of(metrics_root: str) -> Sources:
     return Sources(str(config["masks"]), str(config["samples"]), str(config["protocol"]))
 
 
+def task_of(protocol: str) -> str:
+    """The column that a protocol scores; ``semantic`` where it is not installed any more."""
+    try:
+        return str(getattr(registry.metric(protocol), "task_column", "semantic"))
+    except ConfigError:
+        return "semantic"
+
+
 @dataclass(frozen=True, slots=True)
 class ClassIou:
-    """One class of one image: pixels in the ground truth, pixels predicted, IoU 0..1."""
+    """One class of one image: pixels (objects, segments) in the ground truth, those predicted, IoU 0..1.
+
+    The IoU of objects is that of the two sets: found / (found + missed + wrong).
+    """
 
     name: str
     label_id: int
@@ -68,7 +89,7 @@ class ClassIou:
 
 @dataclass(frozen=True, slots=True)
 class WorstImage:
-    """An image with a low score: its mean IoU over the classes that it shows or predicts, 0..1."""
+    """An image with a low score, 0..1; its protocol says what that is."""
 
     sample_id: str
     split: str
@@ -135,9 +156,9 @@ def panels_of(metrics_root: str, images: Sequence[WorstImage]) -> Iterator[Panel
         except SegbatchError as error:
             places.append({})
             problems.append(f"{table}: {error}")
-    classes = classes_of(root)
+    classes, task = classes_of(root), task_of(sources_of(root).protocol)
     for image in images:
-        yield _panels(image.sample_id, places, classes, problems)
+        yield _panels(image.sample_id, places, classes, task, problems)
 
 
 def _roots(root: str) -> list[tuple[str, str]]:
@@ -169,21 +190,25 @@ def _locate(root: str, table: str, ids: set[str]) -> dict[str, tuple[str, int]]:
 
 
 def _panels(
-    name: str, places: Sequence[dict[str, tuple[str, int]]], classes: ClassTable, problems: Sequence[str]
+    name: str, places: Sequence[dict[str, tuple[str, int]]], classes: ClassTable, task: str, problems: Sequence[str]
 ) -> Panels:
     if any(name not in place for place in places):
         missing = [t for t, place in zip(("samples", "masks"), places, strict=True) if name not in place]
         return Panels(notes=tuple(problems) or (f"The {' and '.join(missing)} table no longer holds this image.",))
+    wanted = _TASK_COLUMNS.get(task, ())
     try:
-        sample = _row(places[0][name], "samples", _SAMPLE_COLUMNS)
-        mask = _row(places[1][name], "masks", _MASK_COLUMNS)
-        truth, predicted = _label_map(sample), _label_map(mask)
+        sample = _row(places[0][name], "samples", (*_SAMPLE_COLUMNS, *wanted))
+        mask = _row(places[1][name], "masks", (*_MASK_COLUMNS, *wanted))
+        truth, predicted = (_drawing(row, task) for row in (sample, mask))
     except (SegbatchError, ValueError) as error:
         return Panels(notes=(f"The label maps cannot be read: {error}",))
-    if truth is None or predicted is None or truth.shape != predicted.shape:
+    if truth is None or predicted is None or truth.labels.shape != predicted.labels.shape:
         return Panels(notes=("The tables have changed since the evaluation: evaluate again.",))
-    rgb, note = _photo(sample, truth.shape)
-    return _draw(rgb, truth, predicted, classes, sample.column("exif_orientation")[0].as_py() or 1, note)
+    rgb, note = _photo(sample, truth.labels.shape)
+    ignored = (*classes.ignore_ids, _NOTHING) if task == "panoptic" else classes.ignore_ids
+    orientation = sample.column("exif_orientation")[0].as_py() or 1
+    notes = tuple(n for n in (note, predicted.note) if n)
+    return _draw(rgb, (truth, predicted), overlay.palette(classes), ignored, orientation, notes)
 
 
 def _row(place: tuple[str, int], table: str, wanted: Sequence[str]) -> pa.RecordBatch:
@@ -193,12 +218,45 @@ def _row(place: tuple[str, int], table: str, wanted: Sequence[str]) -> pa.Record
     raise DataError(f"row {row} of {uri} is gone", "evaluate again", "changed", uri)
 
 
-def _label_map(row: pa.RecordBatch) -> NDArray[np.uint16] | None:
-    runs = columns.runs_at(row.column("semantic"), 0)
-    if runs is None:
-        return None
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """What is drawn of a row: label ids, the objects or segments by number (None: no outlines), what is left out."""
+
+    labels: NDArray[np.uint16]
+    parts: NDArray[np.uint16] | None = None
+    note: str = ""
+
+
+def _drawing(row: pa.RecordBatch, task: str) -> _Drawing | None:
+    """A row's labels of a task; None where they are not there."""
     shape = (int(row.column("height")[0].as_py()), int(row.column("width")[0].as_py()))
-    return np.asarray(runlength.decode(runs, shape), np.uint16)
+    if task not in _TASK_COLUMNS or not row.column(task).is_valid()[0].as_py():
+        return None
+    if task == "instances":
+        return _objects(row, shape)
+    runs = columns.runs_at(row.column(task), 0)
+    assert runs is not None
+    found = np.asarray(runlength.decode(runs, shape), np.uint16)
+    if task == "semantic":
+        return _Drawing(found)
+    return _Drawing(_labels(found, segments_of(Row(row, 0)).category), found)
+
+
+def _objects(row: pa.RecordBatch, shape: tuple[int, int]) -> _Drawing:
+    """Objects as one map, those with high scores on top, crowds at the bottom."""
+    found = instances_of(Row(row, 0))
+    is_truth = "image_uri" in row.schema.names
+    order = np.lexsort((found.score, 1 - found.crowd.astype(np.int8)))
+    shown = [int(i) for i in order if is_truth or found.score[i] >= MIN_SCORE]
+    parts = rle.paint([found.counts(i) for i in shown], np.arange(1, len(shown) + 1), *shape, np.uint16)
+    left_out = len(order) - len(shown)
+    note = f"{left_out} detections with scores below {MIN_SCORE} are not drawn." if left_out else ""
+    return _Drawing(_labels(parts, found.category[shown]), parts, note)
+
+
+def _labels(parts: NDArray[np.uint16], category: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """Label ids for a map of the places in ``category``, counted from 1."""
+    return np.concatenate([[_NOTHING], category]).astype(np.uint16)[parts]
 
 
 def _photo(row: pa.RecordBatch, shape: tuple[int, ...]) -> tuple[Rgb | None, str]:
@@ -216,23 +274,31 @@ def _photo(row: pa.RecordBatch, shape: tuple[int, ...]) -> tuple[Rgb | None, str
 
 def _draw(
     rgb: Rgb | None,
-    truth: NDArray[np.uint16],
-    predicted: NDArray[np.uint16],
-    classes: ClassTable,
+    drawings: tuple[_Drawing, _Drawing],
+    colors: Rgb,
+    ignored: tuple[int, ...],
     orientation: int,
-    note: str,
+    notes: tuple[str, ...],
 ) -> Panels:
-    colors = overlay.palette(classes)
+    truth, predicted = drawings
 
     def finished(picture: Rgb) -> Rgb:
         return overlay.shrink(photo.upright(picture, orientation), PANEL_WIDTH)
 
+    def colored(drawing: _Drawing) -> Rgb:
+        picture = overlay.blend(rgb, overlay.colorize(drawing.labels, colors))
+        if drawing.parts is None:
+            return finished(picture)
+        nothing = drawing.labels == _NOTHING
+        picture[nothing] = overlay.pale(rgb, nothing.shape)[nothing]
+        return finished(overlay.outlined(picture, drawing.parts))
+
     return Panels(
         photo=finished(rgb) if rgb is not None else None,
-        truth=finished(overlay.blend(rgb, overlay.colorize(truth, colors))),
-        predicted=finished(overlay.blend(rgb, overlay.colorize(predicted, colors))),
-        errors=finished(overlay.error_map(rgb, truth, predicted, classes.ignore_ids)),
-        notes=(note,) if note else (),
+        truth=colored(truth),
+        predicted=colored(predicted),
+        errors=finished(overlay.error_map(rgb, truth.labels, predicted.labels, ignored)),
+        notes=notes,
     )
 
 

@@ -42,7 +42,8 @@ def items(masks: str, samples: str, protocol: str = "") -> Iterator[PlanItem]:
     """
     samples_folder, masks_folder = tables.find(samples, "samples"), tables.find(masks, "masks")
     samples_root = tables.root_of(samples, "samples")
-    name = protocol or registry.default_protocol(str(tables.dataset_info(samples_root).get("name", "")))
+    info = tables.dataset_info(samples_root)
+    name = protocol or registry.default_protocol(str(info.get("name", "")), info.get("tasks", ()))
     registry.make(name, tables.class_table(samples_root))
     _check_same_classes(tables.root_of(masks, "masks"), samples_root)
     labels = _digest(tables.parts(samples_folder))

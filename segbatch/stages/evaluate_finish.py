@@ -1,9 +1,9 @@
 """Finish an evaluation: check that every sample is there once, merge its state, write the tables that people query."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from segbatch import schemas, storage, tables
 from segbatch.config import nearest
 from segbatch.errors import ConfigError, IncompleteRunError
 from segbatch.metrics import registry
-from segbatch.metrics.base import Confusion, ImageScore, Metric
+from segbatch.metrics.base import Confusion, CountsMissing, ImageScore, Metric, Row
 from segbatch.records import OK, Figure
 from segbatch.stages import join
 from segbatch.stages.join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
@@ -23,10 +23,19 @@ Missing = Literal["error", "skip"]
 MISSING = "missing"
 """Stands among the statuses for samples that no masks row was found for."""
 
+COUNTED_EMPTY = "counted-empty"
+"""The same where the protocol takes them for images in which nothing was found; status of their ``images`` rows."""
+
 _ABSENT, _SCORED, _UNLABELLED, _FAILED = range(4)
 _FATES = {OK: _SCORED, NO_LABEL: _UNLABELLED}
+_HARMLESS = (OK, NO_LABEL, UNKNOWN_SAMPLE, COUNTED_EMPTY)
 _SHOWN = 3
 _IMAGE_COLUMNS = ("sample_id", "group_id", "split", "image_uri", "attributes", "status", "error")
+_TRUTH = ("sample_id", "group_id", "split", "image_uri", "attributes", "height", "width")
+_TRUTH_ROWS = 256
+_EMPTY_PART = f"{tables.PREFIX}empty{tables.SUFFIX}"
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,8 @@ class Summary:
         dataset, protocol, splits: what was evaluated, and how.
         figures: all figures; those over all classes first, counts of images last.
         images: how many samples of these splits have which status (``ok``, ``no-label``, ``missing`` ...);
-            ``unknown-sample`` counts masks without a sample.
+            ``unknown-sample`` counts masks without a sample, ``counted-empty`` samples without masks that were taken
+            for images where nothing was found.
     """
 
     dataset: str
@@ -52,7 +62,11 @@ def finish(
 ) -> Summary:
     """Merge all state parts and write ``images``, ``confusion`` and ``summary``, in this order.
 
-    Memory: one batch of state, and 27 bytes per sample for the check that each is there once.
+    A sample that no masks row is there for counts as one where nothing was found if the protocol says so
+    (``CountsMissing``) and ``missing`` is ``error``. A row that failed never does.
+
+    Memory: one batch of state, 27 bytes per sample for the check that each is there once, and twice what the protocol
+    keeps of all images.
 
     Args:
         out_root: the evaluation's run root.
@@ -73,8 +87,14 @@ def finish(
         census.add(batch)
     chosen = census.choose(splits)
     images = census.count(chosen)
+    empty = _Empty(metric, census, chosen) if isinstance(metric, CountsMissing) and missing == "error" else None
+    if empty is not None:
+        images[COUNTED_EMPTY] = images.pop(MISSING)
     _check(census, chosen, images, masks, missing)
-    total = _write_images(root, metric, set(chosen))
+    total = _write_images(root, metric, set(chosen), empty)
+    if empty is not None and empty.unlabelled:
+        images[COUNTED_EMPTY] -= empty.unlabelled
+        images[NO_LABEL] = images.get(NO_LABEL, 0) + empty.unlabelled
     summary = Summary(
         str(info.get("name", "")), protocol, chosen, (*metric.compute(total), *_image_figures(images)), images
     )
@@ -137,6 +157,10 @@ class Census:
             counts[UNKNOWN_SAMPLE] = self._unknown
         return dict(counts)
 
+    def absent(self, chosen: Sequence[str]) -> NDArray[np.int64]:
+        """Positions of the good samples without a masks row."""
+        return np.flatnonzero(self.inside(chosen) & (self.fate == _ABSENT))
+
     def examples(self, chosen: Sequence[str], fates: Sequence[int]) -> list[str]:
         """Up to three sample ids of these fates."""
         positions = np.flatnonzero(self.inside(chosen) & np.isin(self.fate, fates))[:_SHOWN]
@@ -145,10 +169,10 @@ class Census:
 
 def _check(census: Census, chosen: Sequence[str], images: dict[str, int], masks: str, missing: Missing) -> None:
     """Refuse to print a figure over fewer images than the user believes."""
-    bad = {status: n for status, n in images.items() if n and status not in (OK, NO_LABEL, UNKNOWN_SAMPLE)}
+    bad = {status: n for status, n in images.items() if n and status not in _HARMLESS}
     if bad and missing == "error":
         words = ", ".join(f"{n} {status}" for status, n in bad.items())
-        shown = ", ".join(census.examples(chosen, (_ABSENT, _FAILED)))
+        shown = ", ".join(census.examples(chosen, (_ABSENT, _FAILED) if MISSING in images else (_FAILED,)))
         total = int(census.inside(chosen).sum())
         problem = f"{sum(bad.values())} of {total} samples have no usable prediction ({words}), e.g. {shown}"
         raise IncompleteRunError(problem, _remedy(bad, masks))
@@ -167,24 +191,93 @@ def _remedy(bad: dict[str, int], masks: str) -> str:
     return " or ".join([*steps, "leave them out with `--missing skip`"])
 
 
-def _write_images(root: str, metric: Metric[Any], chosen: set[str]) -> Any:
-    """One ``images`` part per state part, as a stream; returns the merged state of the scored images."""
-    total = metric.merge([])
+class _Tally(Generic[S]):
+    """Adds up states: those of about equally many images with each other, so that each is copied only log(n) times."""
+
+    def __init__(self, metric: Metric[S]) -> None:
+        self._metric = metric
+        self._levels: list[S | None] = []
+
+    def add(self, states: Iterable[S]) -> None:
+        """Add the states of a batch."""
+        carried = self._metric.merge(states)
+        for level, waiting in enumerate(self._levels):
+            if waiting is None:
+                self._levels[level] = carried
+                return
+            carried, self._levels[level] = self._metric.merge([waiting, carried]), None
+        self._levels.append(carried)
+
+    def total(self) -> S:
+        """The sum."""
+        return self._metric.merge(s for s in self._levels if s is not None)
+
+
+class _Empty:
+    """Samples without a masks row, which count as images where nothing was found.
+
+    Attributes:
+        samples: how many there are.
+        unlabelled: how many of those read have no label.
+    """
+
+    def __init__(self, metric: Metric[Any], census: Census, chosen: Sequence[str]) -> None:
+        self._metric, self._index, self._positions = metric, census.index, census.absent(chosen)
+        self.samples = len(self._positions)
+        self.unlabelled = 0
+
+    def batches(self) -> Iterator[tuple[pa.RecordBatch, list[Any]]]:
+        """Rows with the columns that ``images`` has in common with the state table, and their states."""
+        assert isinstance(self._metric, CountsMissing)
+        for start in range(0, len(self._positions), _TRUTH_ROWS):
+            positions = self._positions[start : start + _TRUTH_ROWS]
+            found = self._index.rows(positions, (*_TRUTH, *self._metric.truth_columns))
+            rows = [found[int(p)] for p in positions]
+            states = [self._metric.empty(r) if _has_label(r, self._metric) else None for r in rows]
+            self.unlabelled += states.count(None)
+            columns: dict[str, list[str | None]] = {name: [r.text(name) for r in rows] for name in _TRUTH[:5]}
+            columns["status"] = [NO_LABEL if s is None else COUNTED_EMPTY for s in states]
+            arrays = [
+                pa.array(columns.get(name, [None] * len(rows)), schemas.IMAGES.field(name).type)
+                for name in _IMAGE_COLUMNS
+            ]
+            yield pa.RecordBatch.from_arrays(arrays, names=list(_IMAGE_COLUMNS)), states
+
+
+def _has_label(row: Row, metric: Metric[Any]) -> bool:
+    found: bool = row.column(metric.task_column)[row.index].is_valid
+    return found
+
+
+def _write_images(root: str, metric: Metric[Any], chosen: set[str], empty: _Empty | None) -> Any:
+    """One ``images`` part per state part, and one of the ``empty`` samples, as a stream; returns the merged state."""
+    tally = _Tally(metric)
     written = set()
-    for part in tables.parts(tables.find(root, "state")):
+
+    def write(name: str, batches: Iterable[tuple[pa.RecordBatch, list[Any]]]) -> None:
         writer = tables.PartWriter("images")
-        for batch in tables.batches(part.uri, "state", (*_IMAGE_COLUMNS, *metric.state_columns)):
-            inside = _inside(batch, chosen)
-            states = [s if keep else None for s, keep in zip(metric.states(batch), inside, strict=True)]
-            total = metric.merge([total, *(s for s in states if s is not None)])
-            writer.write(_image_rows(batch, metric, states).filter(pa.array(inside, pa.bool_())))
-        uri = storage.join(root, "images", storage.name_of(part.uri))
+        for batch, states in batches:
+            tally.add(s for s in states if s is not None)
+            writer.write(_image_rows(batch, metric, states))
+        uri = storage.join(root, "images", name)
         storage.replace(uri, writer.finish({}))
         written.add(uri)
+
+    for part in tables.parts(tables.find(root, "state")):
+        write(storage.name_of(part.uri), _states(part.uri, metric, chosen))
+    if empty is not None and empty.samples:
+        write(_EMPTY_PART, empty.batches())
     for stale in tables.parts(storage.join(root, "images")):
         if stale.uri not in written:
             storage.delete(stale.uri)
-    return total
+    return tally.total()
+
+
+def _states(uri: str, metric: Metric[Any], chosen: set[str]) -> Iterator[tuple[pa.RecordBatch, list[Any]]]:
+    """The rows of a state part that belong to the chosen splits, and their states."""
+    for batch in tables.batches(uri, "state", (*_IMAGE_COLUMNS, *metric.state_columns)):
+        kept = batch.filter(pa.array(_inside(batch, chosen), pa.bool_()))
+        yield kept, metric.states(kept)
 
 
 def _inside(batch: pa.RecordBatch, chosen: set[str]) -> list[bool]:
@@ -212,11 +305,13 @@ def _class_rows(score: ImageScore) -> list[dict[str, Any]]:
 def _image_figures(images: dict[str, int]) -> list[Figure]:
     """How many images stand behind the figures, and how many do not."""
     others = {
-        "images_scored": images[OK],
-        "images_skipped": sum(n for s, n in images.items() if s not in (OK, NO_LABEL, UNKNOWN_SAMPLE)),
+        "images_scored": images[OK] + images.get(COUNTED_EMPTY, 0),
+        "images_skipped": sum(n for s, n in images.items() if s not in _HARMLESS),
         "images_without_label": images.get(NO_LABEL, 0),
         "images_unknown": images.get(UNKNOWN_SAMPLE, 0),
     }
+    if COUNTED_EMPTY in images:
+        others["images_counted_empty"] = images[COUNTED_EMPTY]
     return [Figure(name, float(n)) for name, n in others.items()]
 
 

@@ -15,21 +15,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from segbatch import schemas, storage, tables
-from segbatch.codecs import photo, runlength
+from segbatch.codecs import runlength
 from segbatch.codecs.runlength import Runs
 from segbatch.errors import ConfigError, DataError, ObjectMissing, StorageError
 from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
+from segbatch.inference.turning import turn_back
 from segbatch.models.registry import ModelSource
-from segbatch.records import OK, Outcome, PlanItem, ShardRef
+from segbatch.records import OK, Outcome, PlanItem, Prediction, ShardRef
 from segbatch.runs import Journal, commit, items_of
 from segbatch.stages.allocator import keep_freed_pages
+from segbatch.stages.inputs import Input, decoded, inputs
 from segbatch.stages.mask_rows import MaskRow, masks_batch
 
 _MODEL_ERRORS = (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
@@ -39,27 +41,13 @@ _ROWS_PER_BATCH = 64
 _READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
 _PHOTOS_AHEAD = 32  # bytes that wait for a codec thread
 _CHUNK = 4  # photos that go through the threads together: fewer hand-overs, while little waits
-_SAMPLE_COLUMNS = ["sample_id", "group_id", "image", "image_format", "image_uri", "etag", "status", "volume.index"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Photo:
-    """One input: its bytes, or (None) where to read them; with a ``status`` that is not ok there is none, ``why``."""
-
-    sample_id: str
-    group_id: str | None
-    uri: str
-    etag: str
-    data: bytes | None = None
-    status: str = OK
-    why: str = "rejected at ingest; see the sample's issues"
 
 
 @dataclass(slots=True)
 class _Row:
     """One output row in the making; ``prepared`` is dropped as soon as the model has seen it."""
 
-    photo: _Photo
+    photo: Input
     status: str = OK
     error: str | None = None
     height: int | None = None
@@ -68,14 +56,15 @@ class _Row:
     data: bytes | None = None
     prepared: Prepared | None = None
     raw: Raw | None = None
-    runs: Runs | None = None
-    confidence: Mapping[int, float] | None = None
+    prediction: Prediction | None = None
+    semantic: Runs | None = None
+    panoptic: Runs | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def fail(self, status: str, error: str) -> None:
         """Turn into a bad row."""
         self.status, self.error = status, error
-        self.data = self.prepared = self.raw = self.runs = None
+        self.data = self.prepared = self.raw = self.prediction = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +102,7 @@ class PredictWorker:
             )
         batch_size = task.batch_size or auto_batch_size(segmenter.spec)
         self._predictor = Predictor(segmenter, batch_size)
+        self._slices = segmenter.spec.input.slices
         self._chunk = max(batch_size, _CHUNK)
         self._digest = segmenter.spec.digest
         self._max_pixels = task.max_pixels
@@ -143,7 +133,7 @@ class PredictWorker:
         items = items_of(shard)
         there = storage.stat(shard.uri) if shard.mode != "create" else None
         copied: list[int] = []
-        arguments = shard, _photos(items), skip, seconds
+        arguments = shard, inputs(items, self._slices), skip, seconds
         for batch in self._batches(*arguments) if there is None else self._renew(*arguments, copied):
             writer.write(batch)
         seconds["total"] = time.perf_counter() - started
@@ -153,14 +143,14 @@ class PredictWorker:
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Decode, predict and encode one sample, without writing."""
-        wanted = (p for p in _photos(items_of(shard)) if p.sample_id == sample_id)
+        wanted = (p for p in inputs(items_of(shard), self._slices) if p.sample_id == sample_id)
         for _ in self._batches(shard, wanted, {}, {}):
             continue
 
     # -- the pipeline ------------------------------------------------------------------------------------------
 
     def _batches(
-        self, shard: ShardRef, photos: Iterable[_Photo], skip: Mapping[str, str], seconds: dict[str, float]
+        self, shard: ShardRef, photos: Iterable[Input], skip: Mapping[str, str], seconds: dict[str, float]
     ) -> Iterator[pa.RecordBatch]:
         """Rows of ``photos`` in order, as record batches; adds up wall time by stage."""
         pending: list[_Row] = []
@@ -174,7 +164,7 @@ class PredictWorker:
         if pending:
             yield masks_batch(list(map(_mask_row, pending)), self._digest)
 
-    def _rows(self, shard: int, photos: Iterable[_Photo], skip: Mapping[str, str]) -> Iterator[_Row]:
+    def _rows(self, shard: int, photos: Iterable[Input], skip: Mapping[str, str]) -> Iterator[_Row]:
         """Chunks in order, each read ahead and then worked on by a codec thread."""
         reading = (self._readers.submit(self._read, c, skip) for c in _chunks(photos, self._chunk))
         working = (self._pool.submit(self._work, shard, r.result()) for r in _ahead(reading, self._reads_ahead))
@@ -193,7 +183,7 @@ class PredictWorker:
         with self._count_lock:
             self._rows_done += rows
 
-    def _read(self, photos: Sequence[_Photo], skip: Mapping[str, str]) -> list[_Row]:
+    def _read(self, photos: Sequence[Input], skip: Mapping[str, str]) -> list[_Row]:
         """Fetch the bytes, in a reader thread: many wait for a store at once while few decode."""
         rows = [_Row(item) for item in photos]
         for row in rows:
@@ -246,9 +236,8 @@ class PredictWorker:
         """The upright photo as the model wants it."""
         started = time.perf_counter()
         try:
-            rgb, info = photo.decode(data, row.photo.uri, self._max_pixels)
-            row.height, row.width, row.orientation = info.height, info.width, info.exif_orientation
-            row.prepared = self._predictor.prepare(photo.upright(rgb, info.exif_orientation))
+            image, row.height, row.width, row.orientation = decoded(row.photo, data, self._max_pixels)
+            row.prepared = self._predictor.prepare(image)
         except DataError as error:
             row.fail(error.code, str(error))
         row.data = None
@@ -275,11 +264,12 @@ class PredictWorker:
             row.raw, row.prepared, row.seconds["model"] = raw, None, share
 
     def _encode(self, row: _Row, raw: Raw) -> None:
-        """The label map on the stored grid, as runs."""
+        """The prediction on the stored grid, label maps as runs."""
         started = time.perf_counter()
         try:
-            labels, row.confidence = self._predictor.finish(raw)
-            row.runs = runlength.encode(_stored(labels, row))
+            row.prediction = _stored(self._predictor.finish(raw), row)
+            row.semantic, row.panoptic = (_runs(m) for m in (row.prediction.semantic, row.prediction.panoptic))
+            row.prediction = replace(row.prediction, semantic=None, panoptic=None)
         except DataError as error:
             row.fail(error.code, str(error))
         row.raw = None
@@ -290,7 +280,7 @@ class PredictWorker:
     def _renew(
         self,
         shard: ShardRef,
-        photos: Iterable[_Photo],
+        photos: Iterable[Input],
         skip: Mapping[str, str],
         seconds: dict[str, float],
         copied: list[int],
@@ -332,7 +322,7 @@ class _Present:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def position(self, photo: _Photo, mode: str) -> int | None:
+    def position(self, photo: Input, mode: str) -> int | None:
         """Where the row is that can stand for ``photo``; None when there is none."""
         position, etag = self._positions.get((photo.sample_id, photo.uri), (None, ""))
         return position if mode == "retry" or etag == photo.etag else None
@@ -350,7 +340,7 @@ class _Present:
         return rows.combine_chunks().to_batches()[0]
 
 
-def _as_it_is(item: _Photo) -> _Photo:
+def _as_it_is(item: Input) -> Input:
     """The photo with the tag of its file as it is now: it may have been mended since it was planned."""
     if item.data is not None:
         return item
@@ -358,38 +348,22 @@ def _as_it_is(item: _Photo) -> _Photo:
     return item if found is None else replace(item, etag=found.etag)
 
 
-def _stored(labels: NDArray[np.uint16], row: _Row) -> NDArray[np.uint16]:
-    """The label map turned back onto the photo's stored grid, and checked against it."""
-    turned = photo.stored(labels, row.orientation)
-    if turned.shape != (row.height, row.width):
-        raise DataError(
-            f"the model's mask is {turned.shape[1]}x{turned.shape[0]}, the photo {row.width}x{row.height}",
-            "mend the model's post-processing",
-            "size-mismatch",
-            row.photo.uri,
-        )
+def _stored(prediction: Prediction, row: _Row) -> Prediction:
+    """The prediction turned back onto the photo's stored grid, and its maps checked against it."""
+    turned = turn_back(prediction, row.orientation, row.height or 0, row.width or 0)
+    for label_map in (turned.semantic, turned.panoptic):
+        if label_map is not None and label_map.shape != (row.height, row.width):
+            raise DataError(
+                f"the model's mask is {label_map.shape[1]}x{label_map.shape[0]}, the photo {row.width}x{row.height}",
+                "mend the model's post-processing",
+                "size-mismatch",
+                row.photo.uri,
+            )
     return turned
 
 
-def _photos(items: Sequence[PlanItem]) -> Iterator[_Photo]:
-    """The inputs of a shard in order; a samples table is streamed."""
-    for item in items:
-        if item.sample_id:
-            yield _Photo(item.sample_id, None, item.uri, item.etag)
-            continue
-        rows = (item.row_start, item.row_start + item.rows)
-        for batch in tables.batches(item.uri, "samples", _SAMPLE_COLUMNS, *rows):
-            yield from map(_photo, batch.to_pylist())
-
-
-def _photo(row: Mapping[str, Any]) -> _Photo:
-    """The photo of a samples row."""
-    found = _Photo(row["sample_id"], row["group_id"], row["image_uri"], row["etag"], row["image"], row["status"])
-    if found.status == OK and row["volume"] is not None:
-        return replace(found, status="volume", why="a slice of a CT volume: models of photos cannot read it")
-    if found.status == OK and row["image_format"] is None:
-        return replace(found, status="labels-only", why="its labels were ingested without their photo")
-    return found
+def _runs(label_map: NDArray[np.uint16] | None) -> Runs | None:
+    return None if label_map is None else runlength.encode(label_map)
 
 
 def _ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
@@ -407,8 +381,8 @@ def _ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
             future.cancel()
 
 
-def _chunks(photos: Iterable[_Photo], size: int) -> Iterator[list[_Photo]]:
-    chunk: list[_Photo] = []
+def _chunks(photos: Iterable[Input], size: int) -> Iterator[list[Input]]:
+    chunk: list[Input] = []
     for item in photos:
         chunk.append(item)
         if len(chunk) >= size:
@@ -426,6 +400,7 @@ def _source_of(items: Sequence[PlanItem]) -> str:
 
 
 def _mask_row(row: _Row) -> MaskRow:
+    found = row.prediction or Prediction()
     return MaskRow(
         sample_id=row.photo.sample_id,
         group_id=row.photo.group_id,
@@ -435,7 +410,10 @@ def _mask_row(row: _Row) -> MaskRow:
         width=row.width,
         status=row.status,
         error=row.error,
-        semantic=row.runs,
-        class_confidence=row.confidence,
+        semantic=row.semantic,
+        instances=found.instances,
+        panoptic=row.panoptic,
+        segments=found.segments,
+        class_confidence=found.class_confidence,
         seconds=row.seconds,
     )

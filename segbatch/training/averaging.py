@@ -1,9 +1,12 @@
 """Exponentially averaged weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Average:
@@ -38,12 +41,19 @@ class Average:
 
 
 @torch.no_grad()
-def settle_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
+def settle_batch_norm(net: nn.Module, run: Callable[[T], object], batches: Iterable[T]) -> None:
     """Compute the statistics of all batch normalisations anew, as plain means over ``batches``.
 
     The ones gathered in training belong to other weights than the averaged ones.
+
+    Args:
+        net: the network; left alone where it has no such statistics.
+        run: sends a batch through the network.
+        batches: what it is run on.
     """
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -51,7 +61,7 @@ def settle_batch_norm(net: nn.Module, batches: Iterable[Tensor]) -> None:
     was_training = net.training
     net.train()
     for batch in batches:
-        net(batch)
+        run(batch)
     net.train(was_training)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from segbatch.config import Config
+from segbatch.inference.options import InferenceOptions
 from segbatch.models.config import ModelConfig, Size, UNetConfig
 
 
@@ -12,13 +13,19 @@ class DataConfig(Config):
     """How photos become training crops.
 
     Attributes:
-        crop: (height, width) of a training crop on the network's grid. None: ``model.input_size``, else the size of
-            the smallest photo, at most 512 x 512.
+        crop: (height, width) of a training crop on the network's grid. None: the network's input size where that is
+            fixed, else what the smallest photo takes up there; at most 512 x 512.
         scale: zoom of the photo, drawn log-uniformly from this range; 1 is the grid that the network is fed later.
         flip: mirror half of the crops.
         brightness: crops are made darker or brighter by up to this fraction.
         contrast: likewise.
         color: each channel is made weaker or stronger by up to this fraction.
+        elastic: crops are bent: standard deviation in pixels of random displacements on a grid of 3 x 3 (U-Net: 10);
+            0 for none.
+        border_weight: semantic networks: the greatest weight that pixels between neighbouring objects have on top of
+            their class's (U-Net: 10); 0 for none. Objects are the table's instances, where a photo has none the
+            connected pieces of the classes with ``isthing``.
+        border_sigma: how far that weight reaches, in pixels of the network's grid; see ``separation``.
         cache_mb: decoded photos kept in memory; the others are read anew whenever they are needed.
     """
 
@@ -28,6 +35,9 @@ class DataConfig(Config):
     brightness: float = Field(default=0.25, ge=0, lt=1)
     contrast: float = Field(default=0.25, ge=0, lt=1)
     color: float = Field(default=0.1, ge=0, lt=1)
+    elastic: float = Field(default=0.0, ge=0)
+    border_weight: float = Field(default=0.0, ge=0)
+    border_sigma: float = Field(default=5.0, gt=0)
     cache_mb: int = Field(default=2048, ge=0)
 
     @model_validator(mode="after")
@@ -78,6 +88,7 @@ class TrainConfig(Config):
         val_samples: URI of a samples table to validate on; ``samples`` when empty and ``val_split`` is given.
         val_split: only rows of this split.
         val_every_epochs: validate so often; 0: at the end only.
+        val_inference: which detections count on validation photos; photos are fed whole, once.
         seed: of the first weights, the order of the photos and the augmentation.
         model, data, optim: see there.
         checkpoint_every_s: seconds between checkpoints, from which an interrupted training goes on.
@@ -90,6 +101,7 @@ class TrainConfig(Config):
     val_samples: str = ""
     val_split: str = ""
     val_every_epochs: int = Field(default=0, ge=0)
+    val_inference: InferenceOptions = InferenceOptions()
     seed: int = Field(default=0, ge=0)
     model: Annotated[ModelConfig, Field(discriminator="kind")] = UNetConfig()
     data: DataConfig = DataConfig()
@@ -101,6 +113,8 @@ class TrainConfig(Config):
     def _check(self) -> Self:
         if self.model.kind != "color" and not (self.optim.epochs or self.optim.max_minutes):
             raise ValueError("the training has no end: set optim.epochs or optim.max_minutes")
+        if self.val_inference.several_views:
+            raise ValueError("val_inference: validation knows no tiles, scales and flip")
         return self
 
     @property

@@ -30,8 +30,19 @@ def sqrt_median_weights(pixels: NDArray[np.int64], pixels_where_present: NDArray
     return weights
 
 
-def cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean cross-entropy of (n, classes, h, w) logits over the pixels that are not void; 0 if all are."""
+def cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor, borders: Tensor | None = None) -> Tensor:
+    """Weighted mean cross-entropy of (n, classes, h, w) logits over the pixels that are not void; 0 if all are.
+
+    Args:
+        logits: of the network.
+        classes: (n, h, w) int64.
+        weights: of the classes.
+        borders: (n, h, w), added to the weight of a pixel's class; None for none.
+    """
+    if borders is not None:
+        each = (weights[classes.clamp_min(0)] + borders) * (classes != VOID)
+        losses = F.cross_entropy(logits.float(), classes, ignore_index=VOID, reduction="none")
+        return (losses * each).sum() / each.sum().clamp_min(torch.finfo(torch.float32).tiny)
     total = F.cross_entropy(logits.float(), classes, weights, ignore_index=VOID, reduction="sum")
     seen = weights[classes[classes != VOID]].sum()
     return total / seen.clamp_min(torch.finfo(torch.float32).tiny)

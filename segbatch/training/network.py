@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from segbatch.errors import ConfigError, EngineError, StoppedError
+from segbatch.inference.pipeline import fed_size
+from segbatch.models.architectures import Architecture
 from segbatch.models.base import InputSpec
 from segbatch.models.checkpoint import load_state
 from segbatch.training import losses, precision, state
@@ -45,7 +47,7 @@ def crop_size(config: TrainConfig, spec: InputSpec, samples: SampleSet) -> tuple
                 f"data.crop = {list(config.data.crop)}: {wrong[0]} is no multiple of {divisor}", f"take {near}"
             )
         return config.data.crop
-    height, width = samples.smallest
+    height, width = fed_size(spec, *samples.smallest)
     if spec.height and spec.width:
         height, width = spec.height, spec.width
     rounded = [max(-(-min(s, _LARGEST_CROP) // divisor), 1) * divisor for s in (height, width)]
@@ -57,6 +59,7 @@ class NetworkTraining:
 
     Args:
         config: the training file, with an end (epochs or minutes).
+        architecture: of the network; its loss, where it predicts instances or panoptic segments.
         net: with its first weights.
         spec: what it is fed.
         samples: training photos.
@@ -65,8 +68,16 @@ class NetworkTraining:
     """
 
     def __init__(
-        self, config: TrainConfig, net: nn.Module, spec: InputSpec, samples: SampleSet, out: str, digest: str
+        self,
+        config: TrainConfig,
+        architecture: Architecture,
+        net: nn.Module,
+        spec: InputSpec,
+        samples: SampleSet,
+        out: str,
+        digest: str,
     ) -> None:
+        self._architecture = architecture
         self.net = net.to(memory_format=torch.channels_last)
         self.step = 0
         self.clock = state.CpuClock()
@@ -174,7 +185,8 @@ class NetworkTraining:
         if self._optim.ema:
             self._average.put_into(self.net)
             size = self._optim.batch_size
-            settle_batch_norm(self.net, (_tensor(self._settling.batch(k * size, size)) for k in range(_NORM_BATCHES)))
+            batches = (self._settling.batch(k * size, size) for k in range(_NORM_BATCHES))
+            settle_batch_norm(self.net, self._run, batches)
         self.net.eval()
 
     def _epoch_ended(self, every: int) -> bool:
@@ -196,10 +208,7 @@ class NetworkTraining:
             rate *= min(1.0, (self.step + 1) / self._optim.warmup_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self._optim.lr * rate * group["scale"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            logits = self.net(_tensor(batch))
-        classes = torch.from_numpy(batch.classes)
-        loss = losses.cross_entropy(logits, _at_stride(classes, logits, self.step).long(), self._weights)
+        loss = self._loss(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise EngineError(
@@ -213,6 +222,27 @@ class NetworkTraining:
         self._average.update(self.net, self.step)
         self._losses = [*self._losses[1 - _LOG_EVERY :], value]
         return float(self._optim.lr * rate)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """What the step makes smaller."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            if batch.targets:
+                return self._architecture.loss(self.net, _tensor(batch), batch.targets, self.step)
+            logits = self.net(_tensor(batch))
+        assert batch.classes is not None
+        stride = batch.classes.shape[1] // logits.shape[2]
+        classes = _at_stride(torch.from_numpy(batch.classes), stride, self.step).long()
+        borders = None
+        if batch.borders is not None:
+            borders = _at_stride(torch.from_numpy(batch.borders), stride, self.step)
+        return losses.cross_entropy(logits, classes, self._weights, borders)
+
+    def _run(self, batch: Batch) -> None:
+        """Send a batch through the network in float32."""
+        if batch.targets:
+            self._architecture.loss(self.net, _tensor(batch), batch.targets, 0)
+        else:
+            self.net(_tensor(batch))
 
     def _after(self, report: Report, lr: float) -> None:
         """Log and report a step."""
@@ -240,14 +270,13 @@ def _tensor(batch: Batch) -> torch.Tensor:
     return torch.from_numpy(batch.images).permute(0, 3, 1, 2)
 
 
-def _at_stride(classes: torch.Tensor, logits: torch.Tensor, step: int) -> torch.Tensor:
-    """The classes that lie on the logits' grid: one pixel of each cell, another one at every step.
+def _at_stride(pixels: torch.Tensor, stride: int, step: int) -> torch.Tensor:
+    """The pixels (n, h, w) that lie on the logits' grid: one of each cell, another one at every step.
 
     Cheaper than up-sampling the logits (a fifth of a training step at stride 2), and every pixel takes its turn.
     """
-    stride = classes.shape[1] // logits.shape[2]
     down, right = divmod(step % (stride * stride), stride)
-    return classes[:, down::stride, right::stride]
+    return pixels[:, down::stride, right::stride]
 
 
 def _groups(net: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

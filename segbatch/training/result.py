@@ -40,6 +40,8 @@ class TrainResult:
         resumed_from: step that this call began at.
         val_miou: mean IoU of the validation photos, see ``validation``; None without any.
         val_iou: IoU by class name; None for a class that neither truth nor prediction shows.
+        val_ap, val_ap50: mask AP of instance networks on the validation photos: over IoU .5 to .95, and at .5.
+        val_pq: panoptic quality of panoptic networks.
     """
 
     uri: str
@@ -52,3 +54,6 @@ class TrainResult:
     resumed_from: int = 0
     val_miou: float | None = None
     val_iou: Mapping[str, float | None] = field(default_factory=dict)
+    val_ap: float | None = None
+    val_ap50: float | None = None
+    val_pq: float | None = None

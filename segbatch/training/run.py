@@ -12,7 +12,7 @@ from segbatch import storage
 from segbatch.config import digest_of
 from segbatch.errors import ConfigError, StoppedError
 from segbatch.models import checkpoint
-from segbatch.models.architectures import ARCHITECTURES
+from segbatch.models.architectures import ARCHITECTURES, Architecture
 from segbatch.models.base import ModelSpec
 from segbatch.models.color import ColorTable
 from segbatch.training import state
@@ -42,13 +42,15 @@ def train(
         should_stop: asked after every step; True writes a checkpoint and ends.
 
     Raises:
-        ConfigError: no such samples, another training in the same folder, a broken checkpoint; see ``state.claim``.
-        DataError: a sample without a label map, or broken; named.
+        ConfigError: no such samples, classes that cannot be learned, another training in the same folder, a broken
+            checkpoint; see ``state.claim``.
+        DataError: a sample without labels of the network's task, or broken; named.
         EngineError: the loss is not a number.
         StoppedError: ``should_stop`` said so.
     """
     out = storage.resolve(config.out)
-    samples = SampleSet(config.samples, config.split, config.data.cache_mb)
+    architecture = ARCHITECTURES[config.model.kind]
+    samples = _training_samples(config, architecture)
     held_out = _validation_samples(config, samples)
     content = {
         "train": config.deciding(),
@@ -65,10 +67,28 @@ def train(
         return fit(on_progress or (lambda _: None), should_stop or (lambda: False))
 
 
+def _training_samples(config: TrainConfig, architecture: Architecture) -> SampleSet:
+    """The labels of the network's task, and things for ``data.border_weight``."""
+    borders = config.data.border_weight > 0
+    if borders and (architecture.task != "semantic" or architecture.output == "labels"):
+        raise ConfigError(
+            f"data.border_weight is for the loss of semantic networks, which {config.model.kind} has not",
+            "leave it out",
+        )
+    found = SampleSet(config.samples, config.split, config.data.cache_mb, architecture.task, borders)
+    if borders and not any(c.isthing for c in found.classes.classes):
+        raise ConfigError(
+            f"data.border_weight: no class of {config.samples} is a thing, so there are no objects to keep apart",
+            "mark the classes that are counted with isthing in the class table",
+        )
+    return found
+
+
 def _validation_samples(config: TrainConfig, samples: SampleSet) -> SampleSet | None:
     if not config.validates:
         return None
-    found = SampleSet(config.val_samples or config.samples, config.val_split, config.data.cache_mb)
+    root = config.val_samples or config.samples
+    found = SampleSet(root, config.val_split, config.data.cache_mb, samples.task)
     ours, theirs = ([c.label_id for c in s.classes.classes] for s in (samples, found))
     if ours != theirs:
         raise ConfigError(
@@ -108,9 +128,11 @@ class _Run:
     def network(self, report: Report, should_stop: Callable[[], bool]) -> TrainResult:
         """Gradient descent."""
         model = self._config.model
-        net = self._architecture.build(model, len(self._samples.classes.classes))
+        net = self._architecture.build(model, self._samples.classes)
         self._architecture.begin(net, model)
-        training = NetworkTraining(self._config, net, self._input, self._samples, self._out, self._digest)
+        training = NetworkTraining(
+            self._config, self._architecture, net, self._input, self._samples, self._out, self._digest
+        )
         begun = training.resume()
         self._samples.preload()
         training.run(report, should_stop, self._validate if self._held_out else None)
@@ -123,11 +145,12 @@ class _Run:
     def color(self, report: Report, should_stop: Callable[[], bool]) -> TrainResult:
         """Counting colours: one pass, repeated as a whole after an interruption."""
         clock, log = state.CpuClock(), state.Log(storage.join(self._out, "log.jsonl"))
-        table = self._architecture.build(self._config.model, len(self._samples.classes.classes))
+        table = self._architecture.build(self._config.model, self._samples.classes)
         assert isinstance(table, ColorTable)
         for index in range(len(self._samples)):
-            pair = self._samples.get(index)
-            table.observe(pair.rgb, pair.classes)
+            found = self._samples.get(index)
+            assert found.classes is not None
+            table.observe(found.rgb, found.classes)
             done = index + 1
             report(TrainProgress(done, done / len(self._samples), 0.0, 0.0, done, clock.seconds))
             if should_stop() and done < len(self._samples):
@@ -144,14 +167,14 @@ class _Run:
             return {}
         spec = ModelSpec(
             name=self._config.model.kind,
-            task="semantic",
+            task=self._architecture.task,
             classes=self._samples.classes,
             input=self._input,
             output=self._architecture.output,
             digest="",
+            choice=self._config.val_inference.choice(self._architecture.choice),
         )
-        found = validate(self._architecture.segmenter(net, spec), self._held_out)
-        return {"val_miou": found.miou, "val_iou": dict(found.iou)}
+        return validate(self._architecture.segmenter(net, spec), self._held_out)
 
     def _finish(self, net: nn.Module, record: dict[str, Any], log: state.Log, begun: int) -> TrainResult:
         """Write the checkpoint folder; ``model.json`` comes last and says that the training is finished."""
@@ -185,6 +208,5 @@ def _result(out: str, config: TrainConfig, training: dict[str, Any], begun: int)
         loss=training["loss"],
         cpu_s=float(training["cpu_s"]),
         resumed_from=begun,
-        val_miou=training.get("val_miou"),
-        val_iou=training.get("val_iou", {}),
+        **{name: value for name, value in training.items() if name.startswith("val_")},
     )

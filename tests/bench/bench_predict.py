@@ -38,7 +38,8 @@ def plain_script(predictor: Predictor, paths: list[Path]) -> float:
     began = time.perf_counter()
     for path in paths:
         prepared, orientation = _prepared(predictor, path)
-        labels, _ = predictor.finish(predictor.forward([prepared])[0])
+        labels = predictor.finish(predictor.forward([prepared])[0]).semantic
+        assert labels is not None
         runlength.encode(photo.stored(labels, orientation))
     return len(paths) / (time.perf_counter() - began)
 

@@ -8,13 +8,18 @@ import pytest
 from numpy.typing import NDArray
 
 from segbatch import schemas
-from segbatch.codecs import columns, runlength
+from segbatch.codecs import columns, rle, runlength
 from segbatch.metrics import registry
 from segbatch.metrics.base import Metric, Row
 from segbatch.records import ClassInfo, ClassTable
 
-CLASSES = ClassTable((*(ClassInfo(i, f"class{i}") for i in range(11)), ClassInfo(11, "void", ignore=True)))
+VOID = 11
+CLASSES = ClassTable(
+    (*(ClassInfo(i, f"class{i}", isthing=i < 6) for i in range(11)), ClassInfo(VOID, "void", ignore=True))
+)
 IMAGES = 7
+
+Map = NDArray[np.uint16]
 
 
 @pytest.fixture(params=registry.names())
@@ -22,18 +27,49 @@ def metric(request: pytest.FixtureRequest) -> Metric[Any]:
     return registry.make(request.param, CLASSES)
 
 
-def batch_of(maps: list[NDArray[np.uint16]], schema: pa.Schema) -> pa.RecordBatch:
+def random_maps(seed: int) -> list[Map]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 12, (6, 9)).astype(np.uint16) for _ in range(IMAGES)]
+
+
+def objects_of(label_map: Map) -> list[dict[str, Any]]:
+    """An object for every class that is no void; usable as entries of ``instances`` and of ``segments``."""
+    found = rle.instances_of(label_map, background=[VOID])
+    return [
+        {
+            "id": 100 + label_id,
+            "category_id": label_id,
+            "bbox_xywh": box,
+            "area": float(area),
+            "iscrowd": False,
+            "counts": counts,
+            "score": 1 - label_id / 20,
+        }
+        for label_id, area, box, counts in zip(
+            found.ids.tolist(), found.areas.tolist(), found.boxes_xywh.tolist(), found.counts, strict=True
+        )
+    ]
+
+
+def index_map(label_map: Map) -> Map:
+    """n + 1 for the n-th object, 0 for void."""
+    labels = [o["category_id"] for o in objects_of(label_map)]
+    return np.where(label_map == VOID, 0, np.searchsorted(labels, label_map) + 1).astype(np.uint16)
+
+
+def batch_of(maps: list[Map], schema: pa.Schema) -> pa.RecordBatch:
+    """Rows with every task there is, all made of the label maps."""
     height, width = maps[0].shape
     same: dict[str, Any] = {"image_uri": "", "etag": "", "status": "ok", "model_digest": ""}
     same |= {"height": height, "width": width}
-    arrays = []
-    for f in schema:
-        if f.name == "semantic":
-            arrays.append(columns.runs_array([runlength.encode(m) for m in maps]))
-        elif f.name == "sample_id":
-            arrays.append(pa.array([f"s{i}" for i in range(len(maps))]))
-        else:
-            arrays.append(pa.array([same.get(f.name)] * len(maps), f.type))
+    objects = [objects_of(m) for m in maps]
+    made = {
+        "sample_id": pa.array([f"s{i}" for i in range(len(maps))]),
+        "semantic": columns.runs_array([runlength.encode(m) for m in maps]),
+        "panoptic": columns.panoptic_array([runlength.encode(index_map(m)) for m in maps]),
+        **{name: pa.array(objects, schema.field(name).type) for name in ("instances", "segments")},
+    }
+    arrays = [made[f.name] if f.name in made else pa.array([same.get(f.name)] * len(maps), f.type) for f in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -43,25 +79,15 @@ def states_of(metric: Metric[Any], truth: pa.RecordBatch, predicted: pa.RecordBa
 
 @pytest.fixture
 def truth() -> pa.RecordBatch:
-    generator = np.random.default_rng(0)
-    return batch_of([generator.integers(0, 12, (6, 9)).astype(np.uint16) for _ in range(IMAGES)], schemas.SAMPLES)
+    return batch_of(random_maps(0), schemas.SAMPLES)
 
 
 @pytest.fixture
 def predicted() -> pa.RecordBatch:
-    generator = np.random.default_rng(1)
-    return batch_of([generator.integers(0, 12, (6, 9)).astype(np.uint16) for _ in range(IMAGES)], schemas.MASKS)
-
-
-def same_columns(left: pa.RecordBatch) -> pa.RecordBatch:
-    """The masks that equal these samples."""
-    arrays = [
-        left.column(f.name) if f.name in ("sample_id", "semantic", "height", "width") else column
-        for f, column in zip(
-            schemas.MASKS, batch_of([np.zeros((1, 1), np.uint16)] * IMAGES, schemas.MASKS), strict=True
-        )
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schemas.MASKS)
+    """Like the truth, but for every third pixel."""
+    wrong, generator = random_maps(1), np.random.default_rng(2)
+    mixed = [np.where(generator.random(t.shape) < 0.3, w, t) for t, w in zip(random_maps(0), wrong, strict=True)]
+    return batch_of(mixed, schemas.MASKS)
 
 
 def test_it_says_what_it_is(metric: Metric[Any]) -> None:
@@ -80,7 +106,8 @@ def test_states_survive_the_state_table(metric: Metric[Any], truth: pa.RecordBat
     assert set(kept) == set(metric.state_columns)
     for name, column in kept.items():
         assert column.type == schemas.STATE.field(name).type
-    batch = pa.RecordBatch.from_pydict(dict(kept))
+    names = [f"s{i}" for i in (0, 99, *range(1, IMAGES), 99)]
+    batch = pa.RecordBatch.from_pydict({"sample_id": names, **kept})
     again = metric.states(batch)
     assert [s is None for s in again] == [s is None for s in with_gaps]
     left, right = metric.merge(states), metric.merge([s for s in again if s is not None])
@@ -102,11 +129,13 @@ def test_nothing_at_all_has_figures_without_values_or_zero(metric: Metric[Any]) 
     empty = metric.merge([])
     assert {f.value for f in metric.compute(empty)} <= {None, 0.0}
     metric.confusion(empty)
-    assert len(metric.states(pa.RecordBatch.from_pydict(dict(metric.columns([]))))) == 0
+    columns_of_nothing = {"sample_id": pa.array([], pa.string()), **metric.columns([])}
+    assert len(metric.states(pa.RecordBatch.from_pydict(columns_of_nothing))) == 0
 
 
 def test_the_truth_itself_is_perfect(metric: Metric[Any], truth: pa.RecordBatch) -> None:
-    figures = metric.compute(metric.merge(states_of(metric, truth, same_columns(truth))))
+    same = batch_of(random_maps(0), schemas.MASKS)
+    figures = metric.compute(metric.merge(states_of(metric, truth, same)))
     headline = [f for f in figures if f.metric == metric.headline and not f.class_name]
     assert [f.value for f in headline] == [1.0]
 
@@ -118,7 +147,8 @@ def test_figures_are_unique_and_images_are_scored(
     figures = metric.compute(metric.merge(states))
     keys = [(f.metric, f.class_name, f.slice) for f in figures]
     assert len(keys) == len(set(keys))
-    assert all(isinstance(f.value, float) for f in figures)
+    assert all(f.value is None or (isinstance(f.value, float) and 0 <= f.value <= 1) for f in figures)
+    assert all(f.value is not None for f in figures if f.metric == metric.headline)
     for state in states:
         score = metric.image(state).score
         assert score is not None

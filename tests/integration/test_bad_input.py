@@ -44,7 +44,7 @@ def copy_of_200(tmp_path: Path, folder_of_200: Path) -> Path:
 def color_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A trained colour classifier: red and blue."""
     root, config = tmp_path_factory.mktemp("model"), ColorConfig()
-    net = ARCHITECTURES["color"].build(config, len(doubles.SPEC.classes.classes))
+    net = ARCHITECTURES["color"].build(config, doubles.SPEC.classes)
     assert isinstance(net, ColorTable)
     pixels = np.asarray(photos.two_colors())
     net.observe(pixels, np.where(pixels[..., 0] > 127, 1, 2).astype(np.int16))

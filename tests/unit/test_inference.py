@@ -49,7 +49,8 @@ def photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def run(predictor: Predictor, *photos: NDArray[np.uint8]) -> list[Any]:
-    return [predictor.finish(r) for r in predictor.forward([predictor.prepare(p) for p in photos])]
+    found = [predictor.finish(r) for r in predictor.forward([predictor.prepare(p) for p in photos])]
+    return [(f.semantic, f.class_confidence) for f in found]
 
 
 def test_a_raw_uint8_network_is_fed_the_photo_itself() -> None:

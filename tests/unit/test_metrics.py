@@ -219,10 +219,17 @@ def test_camvid_refuses_other_classes() -> None:
 
 
 def test_unknown_protocols_name_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean camvid.*known: camvid, camvid-strict, semantic"):
+    with pytest.raises(
+        ConfigError, match=r"did you mean camvid.*known: camvid, camvid-strict, coco-instance,.*semantic"
+    ):
         registry.make("camvit", CAMVID)
 
 
 def test_default_protocols() -> None:
     assert registry.default_protocol("camvid") == "camvid"
-    assert registry.default_protocol("image-masks") == "semantic"
+    assert registry.default_protocol("image-masks", ["semantic", "instance", "panoptic"]) == "semantic"
+    assert registry.default_protocol("image-masks") == registry.default_protocol("image-masks", ["box"]) == "semantic"
+    assert (
+        registry.default_protocol("coco-instances") == registry.default_protocol("x", ["instance"]) == "coco-instance"
+    )
+    assert registry.default_protocol("coco-panoptic") == registry.default_protocol("x", ["panoptic"]) == "coco-panoptic"

@@ -55,7 +55,7 @@ def test_the_number_of_parameters_and_the_work_are_the_papers(stride: int, known
     inputs = (3, *(c for stage in STAGES for c in stage))
     assert sum(9 * i * o + o for i, o in pairwise(inputs)) == VGG
     with torch.device("meta"):
-        net = ARCHITECTURES["fcn"].build(FCNConfig(stride=stride), 21)
+        net = ARCHITECTURES["fcn"].build(FCNConfig(stride=stride), check.table(21))
     assert check.parameters(net) == counted(stride, 21) == known
     assert check.multiply_adds(net, (500, 500)) / 1e9 == pytest.approx(181, rel=0.01)
 
@@ -139,7 +139,7 @@ def test_the_bilinear_kernel() -> None:
 
 @pytest.mark.parametrize("stride", [32, 16, 8])
 def test_first_weights(stride: int) -> None:
-    net = ARCHITECTURES["fcn"].build(FCNConfig(stride=stride, width=SMALL), 3)
+    net = ARCHITECTURES["fcn"].build(FCNConfig(stride=stride, width=SMALL), check.table(3))
     zero = {n for n, p in net.named_parameters() if not p.any() and n.endswith("weight")}
     wanted = {32: set(), 16: {"score_pool4"}, 8: {"score_pool4", "score_pool3"}}[stride] | {"score"}
     assert zero == {f"{n}.weight" for n in wanted}

@@ -103,7 +103,8 @@ def write(folder: Path, data: bytes, **beside: str) -> str:
 
 def predict(reference: str, *photos: NDArray[np.uint8]) -> list[Any]:
     predictor = Predictor(registry.source(reference).load(1), 2)
-    return [predictor.finish(r) for r in predictor.forward([predictor.prepare(p) for p in photos])]
+    found = [predictor.finish(r) for r in predictor.forward([predictor.prepare(p) for p in photos])]
+    return [(f.semantic, f.class_confidence) for f in found]
 
 
 def test_label_maps_come_out_as_they_are(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def counted(classes: int) -> int:
 
 def test_the_number_of_parameters_is_the_papers() -> None:
     with torch.device("meta"):
-        full = ARCHITECTURES["segnet"].build(SegNetConfig(), 11)
-        basic = ARCHITECTURES["segnet"].build(SegNetConfig(variant="basic"), 11)
+        full = ARCHITECTURES["segnet"].build(SegNetConfig(), check.table(11))
+        basic = ARCHITECTURES["segnet"].build(SegNetConfig(variant="basic"), check.table(11))
     assert check.parameters(full) == counted(11) == 29_449_355
     assert check.parameters(basic) == 49 * 64 * (3 + 7 * 64) + 8 * 2 * 64 + 65 * 11 == 1_416_075
     assert sum(isinstance(m, nn.Conv2d) for m in full.modules()) == 26
@@ -49,7 +49,7 @@ def test_the_number_of_parameters_is_the_papers() -> None:
 
 def test_the_work_at_360x480() -> None:
     with torch.device("meta"):
-        net = ARCHITECTURES["segnet"].build(SegNetConfig(), 11)
+        net = ARCHITECTURES["segnet"].build(SegNetConfig(), check.table(11))
     assert check.multiply_adds(net, (360, 480)) / 1e9 == pytest.approx(106, rel=0.01)
 
 

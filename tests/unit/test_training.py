@@ -73,9 +73,9 @@ def test_the_trained_model_predicts_label_ids(tmp_path: Path) -> None:
     result = train(config(root, tmp_path / "out"))
     predictor = Predictor(registry.source(result.reference).load(1), 2)
     rgb, labels = toy.draw(500, (20, 28))
-    label_map, confidence = predictor.finish(predictor.forward([predictor.prepare(rgb)])[0])
-    assert (label_map == labels)[1:].mean() > 0.95
-    assert confidence is not None and set(confidence) == {3, 900}
+    found = predictor.predict(rgb)
+    assert found.semantic is not None and (found.semantic == labels)[1:].mean() > 0.95
+    assert found.class_confidence is not None and set(found.class_confidence) == {3, 900}
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -223,6 +223,7 @@ def test_crops_do_not_depend_on_how_they_are_asked_for(tmp_path: Path) -> None:
     parts = [stream(root).batch(k, 5) for k in (15, 0, 10, 5)]
     for part, first in zip(parts, (15, 0, 10, 5), strict=True):
         np.testing.assert_array_equal(part.images, whole.images[first : first + 5])
+        assert part.classes is not None and whole.classes is not None
         np.testing.assert_array_equal(part.classes, whole.classes[first : first + 5])
     assert not np.array_equal(whole.images[:8], whole.images[8:16])
 
@@ -231,6 +232,7 @@ def test_photo_and_labels_stay_together_in_a_crop(tmp_path: Path) -> None:
     root = toy.toy(tmp_path / "data")
     still = {"data__brightness": 0.0, "data__contrast": 0.0, "data__color": 0.0}
     crops = stream(root, data__scale=[0.5, 2.0], **still).batch(0, 32)
+    assert crops.classes is not None
     bright = crops.images.mean(-1) > crops.images[crops.classes != VOID].mean()
     known = crops.classes != VOID
     assert ((crops.classes == 1) == bright)[known].mean() > 0.93
@@ -254,7 +256,9 @@ def test_photos_are_turned_upright_with_their_labels(tmp_path: Path) -> None:
     samples = SampleSet(root, "train", 100)
     assert samples.smallest == (16, 16)
     np.testing.assert_array_equal(samples.get(1).rgb, np.rot90(samples.get(0).rgb, -1))
-    np.testing.assert_array_equal(samples.get(1).classes, np.rot90(samples.get(0).classes, -1))
+    plain, turned = samples.get(0).classes, samples.get(1).classes
+    assert plain is not None and turned is not None
+    np.testing.assert_array_equal(turned, np.rot90(plain, -1))
 
 
 def test_median_frequency_weights() -> None:

@@ -1,0 +1,102 @@
+"""CT volumes through predict: slice by slice, with the neighbours as channels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import generators
+import nibabel
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import segbatch
+from segbatch import api, tables
+from segbatch.codecs.columns import runs_at
+from segbatch.codecs.runlength import decode
+from segbatch.config import EngineConfig, PlanConfig, RunOptions
+from segbatch.jobs import Limits
+from segbatch.models.base import InputSpec, ModelSpec
+from segbatch.records import ClassInfo, ClassTable
+
+INLINE = RunOptions(engine=EngineConfig(kind="inline"), plan=PlanConfig(shard_rows=4))
+LOW, HIGH = -200.0, 300.0
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Class 1 where the slice two further on is brighter than the slice itself, 2 where the one before is; 3: both."""
+
+    slices: int = 5
+
+    @property
+    def reference(self) -> str:
+        return "neighbours"
+
+    def describe(self) -> ModelSpec:
+        classes = ClassTable(tuple(ClassInfo(i, str(i)) for i in range(4)))
+        zeros, ones = (0.0,) * self.slices, (1.0,) * self.slices
+        spec = InputSpec(layout="nhwc", mean=zeros, std=ones, slices=self.slices, window=(LOW, HIGH), divisor=4)
+        return ModelSpec("neighbours", "semantic", classes, spec, "labels", "d")
+
+    def load(self, threads: int) -> Any:
+        return Loaded(self.describe())
+
+
+class Loaded:
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def forward(self, batch: NDArray[Any]) -> NDArray[Any]:
+        middle = batch.shape[-1] // 2
+        return (batch[..., -1] > batch[..., middle]) + 2 * (batch[..., middle - 1] > batch[..., middle]).astype(int)
+
+
+def expected(volume: Path, index: int) -> NDArray[Any]:
+    """From nibabel: slices beyond the ends are the outermost."""
+    voxels = np.clip((np.asarray(nibabel.load(volume).dataobj, np.float32) - LOW) / (HIGH - LOW), 0, 1)
+    last = voxels.shape[2] - 1
+    own, after, before = (voxels[:, :, k] for k in (index, min(index + 2, last), max(index - 1, 0)))
+    found: NDArray[Any] = ((after > own) + 2 * (before > own)).T
+    return found
+
+
+def test_every_slice_is_seen_with_its_neighbours(tmp_path: Path) -> None:
+    tree = generators.TREES["lits"](tmp_path / "tree")
+    samples, masks = str(tmp_path / "samples"), str(tmp_path / "masks")
+    api.ingest("lits", str(tree), samples, options=INLINE)
+    result = segbatch.predict(Neighbours(), samples, masks, options=INLINE)
+    rows = api.query(samples, "SELECT sample_id, image_uri, volume.index AS at FROM samples").to_pylist()
+    place = {r["sample_id"]: (Path(r["image_uri"].removeprefix("file://")), r["at"]) for r in rows}
+    assert result.state.bad == 0 and result.rows == len(rows) > 10
+    seen = 0
+    for part in tables.parts(tables.find(masks, "masks")):
+        for batch in tables.batches(part.uri, "masks"):
+            for number, row in enumerate(batch.drop_columns(["semantic"]).to_pylist()):
+                runs = runs_at(batch.column("semantic"), number)
+                assert runs is not None
+                got = decode(runs, (row["height"], row["width"]))
+                np.testing.assert_array_equal(got, expected(*place[row["sample_id"]]))
+                seen += len(np.unique(got)) > 1
+    assert seen > 5
+
+
+def test_photos_are_no_slices(tmp_path: Path) -> None:
+    tree = generators.TREES["camvid"](tmp_path / "tree")
+    samples, masks = str(tmp_path / "samples"), str(tmp_path / "masks")
+    api.ingest("camvid", str(tree), samples, options=INLINE, limits=Limits(1.0))
+    segbatch.predict(Neighbours(), samples, masks, options=INLINE, limits=Limits(1.0))
+    found = api.query(masks, "SELECT DISTINCT status, error FROM masks").to_pylist()
+    assert [r["status"] for r in found] == ["photo"] and "CT slices" in found[0]["error"]
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_a_folder_of_photos_is_refused_as_well(tmp_path: Path, slices: int) -> None:
+    import photos
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(photos.jpeg(1))
+    segbatch.predict(
+        Neighbours(slices), str(tmp_path / "photos"), str(tmp_path / "masks"), options=INLINE, limits=Limits(1.0)
+    )
+    assert api.query(str(tmp_path / "masks"), "SELECT status FROM masks").to_pylist() == [{"status": "photo"}]
