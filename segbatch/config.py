@@ -84,7 +84,10 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
         return f"unknown key {dotted}{nearest(path[-1], known)} (known: {', '.join(sorted(known))})"
     if error["type"] == "missing":
         return f"{dotted} is missing"
-    return f"{dotted} = {error.get('input')!r}: {error['msg']}"
+    said = error["msg"].removeprefix("Value error, ")
+    if isinstance(error.get("input"), dict):  # keys that do not fit together: the message names them
+        return f"{dotted}: {said}" if dotted else str(said)
+    return f"{dotted} = {error.get('input')!r}: {said}"
 
 
 def _known_keys(model: type[BaseModel], path: Sequence[str]) -> set[str]:

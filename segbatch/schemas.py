@@ -160,8 +160,8 @@ STATE = pa.schema(
 """Evaluation state, one row per image; each protocol fills its own columns.
 
 ``joint`` is the sparse joint histogram of ground truth and prediction. ``detections`` to ``proposals`` are explained at
-``metrics.coco_figures.Matches``, ``segment_matches`` and ``segment_errors`` at ``metrics.coco_panoptic.SegmentMatches``;
-these are new in 1.2.
+``metrics.coco_figures.Matches``, ``segment_matches`` and ``segment_errors`` at
+``metrics.coco_panoptic.SegmentMatches``; these are new in 1.2.
 """
 
 SUMMARY = pa.schema(

@@ -31,6 +31,9 @@ from segbatch.metrics.columns import NO_INSTANCES, Instances, Lists, instances_o
 from segbatch.records import ClassInfo, ClassTable, Figure
 
 _WORD = 64
+_FIRST = np.uint64(1)
+"""The bit of the first range (all sizes) and the first threshold."""
+
 _BELOW_ONE = 1 - 1e-10
 """The greatest IoU that is asked for: at a threshold of 1 rounding must not decide."""
 
@@ -321,21 +324,20 @@ class CocoInstanceMetric:
         The counts are those at the least IoU (.50); they leave crowds out.
         """
         matched, ignored = state.matched[self.kinds[0]], state.ignored[self.kinds[0]]
+        classes = np.searchsorted(self._ids, state.category)
+        hit, wrong = (matched & _FIRST) != 0, ((matched | ignored) & _FIRST) == 0
         objects = counted(state, self._ids, 1)[:, 0].tolist()
-        begins, ends = (np.searchsorted(state.category, self._ids, side).tolist() for side in ("left", "right"))
-        classes, precision = [], []
-        for c, place in zip(self.scored, self._places, strict=True):
-            begin, end, shown = begins[place], ends[place], objects[place]
-            if begin == end and not shown:
-                continue
-            hits, skipped = matched[begin:end], ignored[begin:end]
-            if shown:
-                precision.append(average_precision(hits, skipped, shown, self.rules))
-            tp = int(np.count_nonzero(hits & np.uint64(1)))
-            fp = int(np.count_nonzero(((hits | skipped) & np.uint64(1)) == 0))
-            if shown or fp:
-                classes.append(ClassCount(c.name, c.label_id, tp, fp, shown - tp))
-        return ImageScore(float(np.mean(precision)) if precision else None, tuple(classes))
+        tp, fp = (np.bincount(classes[which], minlength=len(self._ids)).tolist() for which in (hit, wrong))
+        found = tuple(
+            ClassCount(c.name, c.label_id, tp[place], fp[place], objects[place] - tp[place])
+            for c, place in zip(self.scored, self._places, strict=True)
+            if objects[place] or fp[place]
+        )
+        precision = []
+        for place in np.flatnonzero(objects):
+            mine = slice(*np.searchsorted(classes, [place, place + 1]))
+            precision.append(average_precision(matched[mine], ignored[mine], objects[place], self.rules))
+        return ImageScore(float(np.mean(precision)) if precision else None, found)
 
     def confusion(self, total: Matches) -> Confusion | None:
         """None: objects are matched with detections of their own class only."""

@@ -31,7 +31,7 @@ def put_in(net: nn.Module, file: StateFile) -> None:
 
 
 def check_fit(build: Callable[[], nn.Module], file: StateFile) -> nn.Module:
-    """Raise what ``put_in`` would, in the tenth of the time: the network has no weights, where it can do without.
+    """Raise what ``put_in`` would; the network has no weights, where it can do without.
 
     Args:
         build: builds the network.

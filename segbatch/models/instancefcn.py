@@ -18,12 +18,13 @@ says, with its lengths in proportion to the window; the truth of a cell is the f
 where positive windows are too few, negative ones fill up the 256; each of the three losses is a mean; windows on
 regions of crowds are left out; a window's cells outside the image have no loss.
 
-Deviations: first weights are random (He initialisation; the last layer of each branch normal with deviation .01, as in
-the paper), for which ``norm`` adds batch normalisation to VGG-16; with ``width < 1`` all hidden layers have that
-fraction of their channels; only the best ``config.proposals`` windows of each scale are assembled; images are made
-smaller with an antialiasing filter.
+Deviations: first weights are random (He initialisation; the last layer of each branch normal with deviation .01, as
+in the paper; the objectness begins at ``PRIOR``), for which ``norm`` adds batch normalisation to VGG-16; with ``width
+< 1`` all hidden layers have that fraction of their channels; only the best ``config.proposals`` windows of each scale
+are assembled; images are made smaller with an antialiasing filter.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ from segbatch.models.vgg import STAGES, conv_stages, initialise, scaled
 
 SAMPLED = 256
 """Windows of an image that a training step looks at."""
+PRIOR = 0.05
+"""Objectness of every window before training; without it a small network learns that nothing ever is an object."""
 NMS_IOU = 0.8
 """Of two windows whose tight boxes overlap by more, only the better one stays."""
 
@@ -102,6 +105,8 @@ class InstanceFCN(nn.Module):
         for last in (self.segments[-1], self.objectness[-1], self.category[-1]):
             assert isinstance(last, nn.Conv2d)
             nn.init.normal_(last.weight, std=0.01)
+        assert isinstance(self.objectness[-1], nn.Conv2d) and self.objectness[-1].bias is not None
+        nn.init.constant_(self.objectness[-1].bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolutions, at one scale.

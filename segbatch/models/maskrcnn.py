@@ -50,16 +50,15 @@ class MaskRCNN(nn.Module):
         super().__init__()
         outputs = classes + 1
         if config.head == "fpn":
-            self.backbone = parts.pyramid(config)
             channels = scaled(parts.PYRAMID_CHANNELS, config.width)
-            self.rpn = parts.proposals(config, channels, levels=5, candidates=(2000, 1000))
+            self.backbone = parts.pyramid(config)
             self.roi_heads = parts.pyramid_heads(config, outputs)
         else:
+            channels = 4 * scaled(parts.STAGES[2][0], config.width)
             body = parts.resnet50(config)
             self.backbone = parts.fourth_stage(body)
-            channels = 4 * scaled(parts.STAGES[2][0], config.width)
-            self.rpn = parts.proposals(config, channels, levels=1, candidates=(12000, 6000))
             self.roi_heads = parts.fifth_stage_heads(config, body, outputs)
+        self.rpn = parts.proposals(config, channels)
 
     def forward(self, images: Tensor) -> list[Found]:
         """What it finds in each of the images (n, channels, h, w), in either mode."""

@@ -318,17 +318,14 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Te
     return (covered[:, 0] >= 0.5).float()
 
 
-def proposals(config: MaskRCNNConfig, channels: int, levels: int, candidates: tuple[int, int]) -> Proposals:
-    """The region proposal network.
-
-    Args:
-        config: anchors.
-        channels: of the maps.
-        levels: maps.
-        candidates: kept of each map before suppression: in training, in inference.
-    """
-    sizes = tuple((s,) for s in config.anchor_sizes) if levels > 1 else (config.anchor_sizes,)
-    anchors = AnchorGenerator(sizes, (config.anchor_ratios,) * levels)
+def proposals(config: MaskRCNNConfig, channels: int) -> Proposals:
+    """The region proposal network on maps of so many channels."""
+    sizes: tuple[tuple[int, ...], ...] = (config.anchor_sizes,)
+    in_training, in_inference = 12000, 6000
+    if config.head == "fpn":
+        sizes = tuple((s,) for s in config.anchor_sizes)
+        in_training, in_inference = 2000, 1000
+    anchors = AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes))
     network = Proposals(
         anchors,
         ProposalHead(channels, anchors.num_anchors_per_location()[0]),
@@ -336,7 +333,10 @@ def proposals(config: MaskRCNNConfig, channels: int, levels: int, candidates: tu
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
         positive_fraction=0.5,
-        pre_nms_top_n={"training": candidates[0], "testing": candidates[1]},
+        pre_nms_top_n={
+            "training": config.candidates or in_training,
+            "testing": config.candidates or in_inference,
+        },
         post_nms_top_n={"training": 2000, "testing": 1000},
         nms_thresh=0.7,
     )

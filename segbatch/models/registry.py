@@ -102,14 +102,14 @@ def _hf(reference: str, classes_uri: str) -> ModelSource:
 
 
 def _smp(reference: str, classes_uri: str) -> ModelSource:
-    """A folder that segmentation_models_pytorch's ``save_pretrained`` wrote; extra ``smp``."""
+    """A folder or hub id that smp's ``save_pretrained`` wrote, or ``architecture/encoder@file``; extra ``smp``."""
     from segbatch.models.smp import SmpSource
 
     return SmpSource(reference, classes_uri)
 
 
 def _timm(reference: str, classes_uri: str) -> ModelSource:
-    """A U-Net decoder on a timm encoder, ``encoder@weights``: a state dict or safetensors file; extra ``smp``."""
+    """A U-Net (or another of smp's decoders) on a timm encoder, ``encoder@file``; extra ``smp``."""
     from segbatch.models.timm_unet import TimmSource
 
     return TimmSource(reference, classes_uri)

@@ -228,11 +228,10 @@ def _checked(plan: Blueprint, where: str) -> Blueprint:
     refused = sorted(_REFUSED & set(options))
     if refused:
         raise ConfigError(f"{where}: {', '.join(refused)} would make timm read other files", "take it out")
-    if options.get("activation") not in _OUTPUTS:
+    activation = options.get("activation")
+    if activation is not None and str(activation) not in _OUTPUTS:
         known = ", ".join(str(k) for k in _OUTPUTS)
-        raise ConfigError(
-            f'{where}: what comes out of activation "{options["activation"]}" is not known', f"known: {known}"
-        )
+        raise ConfigError(f'{where}: what comes out of activation "{activation}" is not known', f"known: {known}")
     check_keys(plan.side_car, plan.uri, _INPUT_KEYS)
     return plan
 

@@ -19,6 +19,9 @@ _EXTRA = "pip install 'segbatch[pretrained]'"
 INPUT_KEYS = ("height", "width", "longest", "resize", "mean", "std", "channel_order", "things")
 """What torchvision's networks heed of a side-car, besides names."""
 
+_SIZES = {"none": set[str](), "short-side": {"height", "longest"}, "stretch": {"height", "width"}}
+"""Keys that may stand beside each value of ``resize``."""
+
 _REFERENCE = re.compile(r"(?P<name>[^=@]+)(?P<kind>[=@]?)(?P<rest>.*)", re.DOTALL)
 
 
@@ -74,21 +77,19 @@ class Given:
         said, where = self.side_car, side_car_uri(self.file.uri)
         resize = said.resize or ("stretch" if said.width else "short-side")
         if resize not in sizes:
-            raise ConfigError(
-                f'{where}: {self.name} knows no resize = "{resize}"', f"known: {', '.join(sorted(sizes))}"
-            )
-        height: int | None = said.height or default.height
-        width = said.width if resize == "stretch" else None
+            some = ", ".join(sorted(sizes))
+            raise ConfigError(f'{where}: {self.name} knows no resize = "{resize}"', f"known: {some}")
+        named = {k for k in ("height", "width", "longest") if getattr(said, k)}
+        if named - _SIZES[resize] or (resize == "stretch" and named != _SIZES[resize]):
+            some = " and ".join(sorted(_SIZES[resize])) or "no size"
+            raise ConfigError(f'{where}: resize = "{resize}" goes with {some}', f"found {', '.join(sorted(named))}")
+        height = None if resize == "none" else said.height or default.height
         longest = said.longest or default.longest if resize == "short-side" else None
-        if resize == "stretch" and not (said.height and width):
-            raise ConfigError(
-                f"{where}: one side alone is no size", "give height and width, or height for the shorter side"
-            )
         if longest and height and longest <= height:
             raise ConfigError(f"{where}: longest = {longest} is not more than height = {height}", "swap them")
         return InputSpec(
-            height=None if resize == "none" else height,
-            width=width,
+            height=height,
+            width=said.width,
             resize="own",
             longest=longest,
             divisor=default.divisor,
@@ -155,8 +156,8 @@ def _downloaded(trained: Any, reference: str) -> StateFile:
     url, expected = str(trained.url), _sha256_of(trained)
     path = os.path.join(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
     if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(url, path, expected, progress=False)
         except (OSError, RuntimeError) as error:
             raise ConfigError(

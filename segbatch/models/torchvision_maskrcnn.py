@@ -7,8 +7,9 @@ sides a multiple of 32. A side-car may say otherwise: ``height`` (of the shorter
 ``width``, ``mean``, ``std``, ``channel_order``; and ``min_score``, ``nms_iou``, ``top_k``, ``mask_threshold``.
 
 With torchvision's trained weights label ids are its labels: COCO's category ids. Any other file needs a class list. It
-names all outputs in their order, the background before them or not; or some of them: then label ids are the numbers of
-the outputs, the background's being 0. Detections of outputs without a name are dropped: COCO has 80 for 91.
+names all outputs in their order, the background before them or not (a list without label ids counts from 0: only with
+the background in it are they torchvision's labels); or some of them: then label ids are the numbers of the outputs, the
+background's being 0. Detections of outputs without a name are dropped: COCO has 80 for 91.
 
 Deviations: the strides of RoIAlign are the pyramid's, 4 to 32; torchvision works them out from the first photo that it
 sees and gets them wrong if that is a narrow strip. The epsilon of the frozen normalisation is 1e-5, which is that of

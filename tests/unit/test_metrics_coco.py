@@ -309,11 +309,11 @@ def test_every_field_of_a_state_is_merged() -> None:
 def many_segments(seed: int) -> tuple[Scene, Scene]:
     """Forty segments of one class, their ids not in the order of their places, each found with an IoU of its own."""
     rng = np.random.default_rng(seed)
-    ids = np.repeat(rng.permutation(40) + 1, 23).reshape(40, 23)
+    ids = np.repeat(rng.permutation(40) + 1, 97).reshape(40, 97)
     found = ids.copy()
     for row in found:
-        row[: rng.integers(0, 11)] = 0
-    segments = [{"id": i, "category_id": 1, "area": 23, "iscrowd": 0} for i in rng.permutation(40).tolist()]
+        row[: rng.integers(0, 48)] = 0
+    segments = [{"id": i, "category_id": 1, "area": 97, "iscrowd": 0} for i in rng.permutation(40).tolist()]
     return Scene(ids, [s | {"id": s["id"] + 1} for s in segments]), Scene(
         found, [s | {"id": s["id"] + 1} for s in segments]
     )

@@ -210,23 +210,21 @@ def test_coverage_is_the_share_of_a_cell_inside_the_image(seed: int, height: int
 
 
 @given(seed=st.integers(0, 999), threshold=st.sampled_from([0.3, 0.5, 0.8]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_tight_boxes_enclose_what_is_above_the_threshold(seed: int, threshold: float) -> None:
-    masks = torch.rand(4, 6, 6, generator=torch.Generator().manual_seed(seed)) ** 4
-    masks[3] = threshold
-    fine = 101
+    masks = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(seed)) ** 4
+    fine = 6 * 15  # an odd number of points a cell, so that one is its centre
     at = (torch.arange(fine) + 0.5) / fine * 2 - 1
-    grid = torch.stack([at.expand(fine, fine), at[:, None].expand(fine, fine)], -1).expand(4, fine, fine, 2)
+    grid = torch.stack([at.expand(fine, fine), at[:, None].expand(fine, fine)], -1).expand(3, fine, fine, 2)
     above = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] > threshold
-    for mask, box in zip(above[:3], windows.tight_boxes(masks, threshold), strict=False):
+    for mask, box in zip(above, windows.tight_boxes(masks, threshold), strict=True):
         if not mask.any():
-            assert float((box[2:] - box[:2]).min()) < 0.2
+            assert box.tolist() == [6, 6, 0, 0]
             continue
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) * (6 / fine)
-        assert ((seen - box).abs() < 0.2).all()
-        assert (seen[:2] > box[:2] - 6 / fine).all() and (seen[2:] < box[2:] + 6 / fine).all()
-    assert windows.tight_boxes(masks, threshold)[3].tolist() == [6, 6, 0, 0]
+        points = torch.stack([columns.min(), rows.min(), columns.max(), rows.max()]) + 0.5
+        assert (points[:2] / 15 - box[:2] >= 0).all() and (box[2:] - points[2:] / 15 >= 0).all()
+        assert ((points / 15 - box).abs() <= 1 / 15 + 1e-4).all()
 
 
 def test_a_mask_within_its_whole_window_is_itself() -> None:
@@ -299,8 +297,7 @@ def plain_loss(net: InstanceFCN, images: Tensor, truth: Target) -> float:
     side, k = net.config.window, net.config.parts
     matching = windows.match(torch.from_numpy(truth.boxes), (images.shape[2], images.shape[3]), side)
     covered = windows.coverage(torch.from_numpy(truth.masks), (images.shape[2], images.shape[3]))
-    sums = {"objectness": [0.0], "segments": [0.0], "category": [0.0]}
-    sums = {name: [] for name in sums}
+    sums: dict[str, list[float]] = {"objectness": [], "segments": [], "category": []}
     for y, x in product(range(maps.shape[1]), range(maps.shape[2])):
         owner = int(matching.objects[y, x])
         chance = float(objectness[0, y, x].sigmoid())
@@ -350,15 +347,16 @@ def test_the_step_decides_the_draw() -> None:
 
 
 class Seeing(InstanceFCN):
-    """Finds what is red: its score maps are the share of red in a cell, every window is an object; green decides the
-    category.
+    """Finds what is red: its score maps are the share of red in a cell, objectness is the share in a window; green
+    decides the category.
     """
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         share = F.avg_pool2d(images, 8, padding=4, count_include_pad=False)
         maps = torch.logit(share[:, :1], 0.01).expand(-1, self.config.parts**2, -1, -1)
         green = share[:, 1:2]
-        return maps, torch.zeros_like(green), torch.cat([-green, green], 1) * 9
+        side = self.config.window
+        return maps, F.avg_pool2d(share[:, :1], side, 1, side // 2), torch.cat([-green, green], 1) * 9
 
 
 def pasted(boxes: Tensor, masks: Tensor, size: tuple[int, int]) -> list[NDArray[np.bool_]]:
@@ -372,19 +370,16 @@ def iou(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.logical_and(a, b).sum() / np.logical_or(a, b).sum())
 
 
-@pytest.mark.parametrize("scale", [0.7, 1.0, 2.3])
-def test_what_is_found_lies_where_it_is_in_the_image(scale: float) -> None:
-    net = Seeing(InstanceFCNConfig(**{**SMALL, "window": 11, "scales": (scale,), "proposals": 999}), 2)
-    for box, green in (((40, 24, 60, 50), 1.0), ((0, 70, 18, 96), -1.0), ((100, 0, 136, 20), 1.0)):
+@pytest.mark.parametrize(("scale", "window", "least"), [(0.7, 11, 0.8), (1.0, 11, 0.9), (2.3, 21, 0.95)])
+def test_what_is_found_lies_where_it_is_in_the_image(scale: float, window: int, least: float) -> None:
+    net = Seeing(InstanceFCNConfig(**{**SMALL, "window": window, "scales": (scale,), "proposals": 999}), 2)
+    for box, green in (((40, 24, 76, 60), 1.0), ((0, 48, 30, 96), -1.0), ((96, 0, 136, 36), 1.0)):
         image = torch.stack([torch.from_numpy(rectangles((96, 136), box)[0]).float(), torch.full((96, 136), green)])
         found = net.propose(torch.cat([image, image[:1]]))
         assert (found.boxes >= 0).all() and (found.boxes <= torch.tensor([136, 96, 136, 96])).all()
-        best = int((found.boxes - torch.tensor(box)).abs().amax(1).argmin())
-        assert found.categories[best].argmax() == int(green > 0)
-        overlaps = iou(
-            pasted(found.boxes[best : best + 1], found.masks[best : best + 1], (96, 136))[0], image[0].numpy()
-        )
-        assert overlaps > (0.7 if scale < 1 else 0.8)
+        assert (found.categories.argmax(1) == int(green > 0)).all()
+        masks = pasted(found.boxes, found.masks, (96, 136))
+        assert max(iou(mask, image[0].numpy()) for mask in masks) > least
         assert windows.suppress(found.boxes, NMS_IOU, 999).tolist() == list(range(len(found.boxes)))
 
 
@@ -492,13 +487,12 @@ def scene(seed: int) -> tuple[NDArray[np.float32], Target]:
 
 
 def test_it_learns_to_find_discs_and_rectangles() -> None:
-    """Three quarters and more of the objects of new images, by class, with few others among them."""
-    config = {"width": 0.06, "window": 5, "parts": 3, "scales": (1.0,), "proposals": 50}
+    config = {"width": 0.06, "norm": True, "window": 5, "parts": 3, "scales": (1.0,), "proposals": 50}
     net = check.fresh("instancefcn", classes=2, **config)
     assert isinstance(net, InstanceFCN)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
     losses = []
-    for step in range(150):
+    for step in range(100):
         images, targets = zip(*(scene(4 * step + k) for k in range(4)), strict=True)
         loss = net.loss(torch.from_numpy(np.stack(images)), targets, step)
         optimizer.zero_grad()
@@ -509,10 +503,9 @@ def test_it_learns_to_find_discs_and_rectangles() -> None:
     model, right, found, there = segmenter(net), 0, 0, 0
     for seed in range(10_000, 10_012):
         image, truth = scene(seed)
-        best = best_first(model.forward(image.transpose(1, 2, 0)[None])[0], Choice(min_score=0.5, nms_iou=0.5))
+        best = best_first(model.forward(image.transpose(1, 2, 0)[None])[0], Choice(min_score=0.4, nms_iou=0.5))
         masks = pasted(torch.from_numpy(best.boxes), torch.from_numpy(best.masks), (64, 64))
         for mask, label in zip(truth.masks, truth.labels, strict=True):
             right += any(iou(m, mask) > 0.5 and c == label for m, c in zip(masks, best.classes, strict=True))
         found, there = found + len(masks), there + len(truth.masks)
-    print(np.mean(losses[:10]), np.mean(losses[-10:]), right, found, there)
-    assert right > 0.75 * there and right > 0.75 * found
+    assert there > 20 and right > 0.8 * there and right > 0.8 * found

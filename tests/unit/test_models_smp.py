@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from segbatch.models import hf_folder, smp
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NARROW = {"encoder_depth": 3, "decoder_channels": (16, 8, 8)}
+NARROW: dict[str, Any] = {"encoder_depth": 3, "decoder_channels": (16, 8, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def changed(folder: Path, target: Path, **config: Any) -> Path:
 
 
 VIT = "tu-vit_tiny_patch16_224.augreg_in21k"
-DPT = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 16}
+DPT: dict[str, Any] = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 16}
 
 
 def test_a_transformer_of_fixed_size_has_photos_stretched_to_it(tmp_path: Path) -> None:
@@ -281,12 +281,13 @@ def test_a_side_car_changes_what_is_fed(unet: Path, tmp_path: Path) -> None:
     predictor = Predictor(source(folder).load(1), 1)
     spec = predictor.spec
     assert (spec.input.height, spec.input.width, spec.input.resize) == (64, 32, "stretch") and spec.licence == "CC0"
-    prediction = predictor.predict(photo(64, 32))
+    label_map = predictor.predict(photo(64, 32)).semantic
     normalised = (photo(64, 32) / 255 - (0.1, 0.2, 0.3)) / (0.3, 0.2, 0.1)
     with torch.inference_mode():
         batch = torch.from_numpy(normalised[..., ::-1].transpose(2, 0, 1).copy()).float()
         scores = library.from_pretrained(str(folder), encoder_weights=None).eval()(batch[None])[0]
-    assert_same_labels((7 - prediction.semantic) // 2, scores)
+    assert label_map is not None
+    assert_same_labels((7 - label_map) // 2, scores)
     assert spec.digest != plain.digest
     (tmp_path / "list.txt").write_text("w\nx\ny\nz")
     assert source(folder, tmp_path / "list.txt").describe().classes.name_of(2) == "y"
@@ -317,6 +318,7 @@ def test_side_cars_that_do_not_fit_are_errors(tmp_path: Path, text: str, message
         ({"encoder_name": "resnet81"}, "smp.Unet cannot be built: .*resnet81"),
         ({"encoder_name": "tu-local-dir:/etc"}, "is no name of smp's or timm's"),
         ({"encoder_name": "tu-resnet18", "checkpoint_path": "x.pth"}, "checkpoint_path would make timm read"),
+        ({"activation": ["relu"]}, "what comes out of activation .*relu"),
         ({"activation": "tanh"}, 'what comes out of activation "tanh" is not known'),
         ({"colour": "red", "encoder_name": "tu-resnet18"}, "smp.Unet cannot be built: .*colour"),
         ({"encoder_name": "resnet34"}, r"\d+ tensors missing: encoder.conv1.weight, "),
