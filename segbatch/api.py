@@ -290,11 +290,12 @@ def train(config: "TrainConfig", watch: Watch | None = None) -> "TrainResult":
 
 def _training_summary(result: "TrainResult") -> str:
     loss = f", loss {result.loss:.3f}" if result.loss is not None else ""
-    miou = f", validation mIoU {result.val_miou:.3f}" if result.val_miou is not None else ""
+    shown = {"mIoU": result.val_miou, "mask AP": result.val_ap, "AP50": result.val_ap50, "PQ": result.val_pq}
+    figures = "".join(f", validation {name} {value:.3f}" for name, value in shown.items() if value is not None)
     skipped = f", {sum(result.skipped.values())} bad samples left out" if result.skipped else ""
     resumed = f", resumed at step {result.resumed_from}" if result.resumed_from else ""
     minutes = f"{result.cpu_s / 60:.1f} CPU minutes"
-    return f"trained {result.steps} steps on {result.samples} samples in {minutes}{loss}{miou}{skipped}{resumed}"
+    return f"trained {result.steps} steps on {result.samples} samples in {minutes}{loss}{figures}{skipped}{resumed}"
 
 
 def load_train_config(uri: str, out: str = "", sets: Sequence[str] = ()) -> "TrainConfig":

@@ -71,6 +71,16 @@ def image_masks(root: Path, count: int = 3, splits: tuple[str, ...] = ("train", 
     return root
 
 
+def numbered_masks(root: Path) -> Path:
+    """``image_masks`` with ``instances/``: in each photo an object of the classes 3 and 900."""
+    for path in sorted((image_masks(root) / "masks").rglob("*.png")):
+        found = np.asarray(Image.open(path))
+        save(
+            root / "instances" / path.relative_to(root / "masks"), ((found == 3) + 2 * (found == 900)).astype(np.uint8)
+        )
+    return root
+
+
 def images(root: Path, count: int = 3) -> Path:
     """A folder of photos in several formats, with a sub-folder, a hidden folder and a file that is no photo."""
     for i in range(count):
@@ -81,7 +91,7 @@ def images(root: Path, count: int = 3) -> Path:
     return root
 
 
-TREES: dict[str, Callable[[Path], Path]] = {"camvid": camvid, "image-masks": image_masks, "images": images}
+TREES: dict[str, Callable[[Path], Path]] = {"camvid": camvid, "image-masks": numbered_masks, "images": images}
 """A small tree of every dataset, by its name; those of ``trees_*.py`` beside this file join."""
 
 for _file in sorted(Path(__file__).parent.glob("trees_*.py")):

@@ -61,7 +61,8 @@ class OptimConfig(Config):
             repeated bit by bit.
         batch_size: crops a step.
         warmup_steps: steps of linear increase at the beginning.
-        class_weights: ``sqrt-median``: square root of median-frequency weights (Eigen and Fergus, ICCV 2015).
+        class_weights: of semantic networks. ``sqrt-median``: square root of median-frequency weights (Eigen and Fergus,
+            ICCV 2015).
         ema: decay of the averaged weights; 0 takes the last ones.
         dtype: ``auto`` is bfloat16 where the CPU computes in it (AVX512-BF16, AMX), else float32.
     """

@@ -117,7 +117,8 @@ def test_the_place_in_a_batch_does_not_matter(trained: ModelSource) -> None:
         outputs.append([r.output for r in predictor.forward([predictor.prepare(p) for p in photos])])
     for alone, together in zip(*outputs, strict=True):
         for a, b in zip(parts_of(alone), parts_of(together), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3 if a.ndim == 2 else 1e-4)  # boxes: in pixels
+            largest = max(1.0, float(np.abs(a).max(initial=0)))  # boxes: pixels; logits of an untrained net: tens
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * largest)
 
 
 def test_the_output_is_as_the_spec_says(trained: ModelSource) -> None:

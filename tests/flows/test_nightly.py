@@ -155,7 +155,7 @@ def test_the_next_night_does_only_what_is_new(config: str, shelves: Path, tmp_pa
     change = [f"ingest.source={copy}"]
     nightly.nightly(config, change)
     before = {p.uri: p.etag for p in tables.parts(place(config, "masks") + "/masks")}
-    for folder, suffix in (("images", ".jpg"), ("masks", ".png")):
+    for folder, suffix in (("images", ".jpg"), ("masks", ".png"), ("instances", ".png")):
         photo = (copy / folder / "val" / f"shelf_0005{suffix}").read_bytes()
         for split in ("train", "val"):  # the model was trained without the new one, and is kept
             (copy / folder / split / f"new{suffix}").write_bytes(photo)

@@ -365,7 +365,7 @@ class TestDrawnShelves:
     @pytest.mark.parametrize(("height", "width"), [(64, 64), (120, 320), (480, 640)])
     def test_any_size_can_be_drawn(self, height: int, width: int) -> None:
         for seed in range(4):
-            photo, mask, _ = drawn_shelves.shelf(np.random.default_rng(seed), height, width)
+            photo, mask, _, _ = drawn_shelves.shelf(np.random.default_rng(seed), height, width)
             assert photo.shape == (height, width, 3) and mask.shape == (height, width) and mask.max() <= 5
 
 
