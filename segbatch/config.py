@@ -85,7 +85,9 @@ def _explain(model: type[BaseModel], error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{dotted} is missing"
     said = error["msg"].removeprefix("Value error, ")
-    if isinstance(error.get("input"), dict):  # keys that do not fit together: the message names them
+    if error["type"] == "value_error" and isinstance(
+        error.get("input"), dict
+    ):  # keys that do not fit together: the message names them
         return f"{dotted}: {said}" if dotted else str(said)
     return f"{dotted} = {error.get('input')!r}: {said}"
 

@@ -306,7 +306,7 @@ def evaluate_job(masks: str, samples: str, out: str, protocol: str) -> Job:
 
     masks, samples = tables.root_of(masks, "masks"), tables.root_of(samples, "samples")
     info = tables.dataset_info(samples)
-    name = protocol or registry.default_protocol(str(info["name"]))
+    name = protocol or registry.default_protocol(str(info["name"]), info.get("tasks", ()))
     registry.make(name, tables.class_table(samples))
     config = {"masks": masks, "samples": samples, "protocol": name}
     return Job(

@@ -88,7 +88,7 @@ def test_a_limit_is_chosen_once(tmp_path: Path) -> None:
     tree, samples, masks = generators.image_masks(tmp_path / "tree", count=6), tmp_path / "samples", tmp_path / "masks"
     ingest(tree, samples)
     with pytest.raises(doubles.Stop):
-        api.predict(doubles.StopAfter(images=4), str(samples), str(masks), limit=8, options=INLINE)
+        api.predict(doubles.StopAfter(images=7), str(samples), str(masks), limit=8, options=INLINE)
     done = sum(b.num_rows for b in tables.scan(str(masks), "masks", ["sample_id"]))
     assert 0 < done < 8
     (tree / "images" / "train" / "item_0.png").unlink()
