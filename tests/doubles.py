@@ -19,7 +19,7 @@ import numpy as np
 import photos
 from numpy.typing import NDArray
 
-from segbatch import api, jobs
+from segbatch import api, jobs, storage, tables
 from segbatch.config import PlanConfig, RunOptions
 from segbatch.errors import ConfigError, DataError, TransientStorageError
 from segbatch.jobs import RunResult
@@ -174,22 +174,22 @@ class Stop(BaseException):
 
 
 @dataclass(frozen=True)
-class StopAfter(FreeModel):
-    """Raises ``Stop`` once it has seen so many images; only in this process, only once loaded."""
+class StopLater(FreeModel):
+    """Raises ``Stop`` at an image whose first pixel has the colour ``marker``, as soon as ``out`` has a part.
 
-    images: int = 0
+    So the marked image must not be of the first shard. For runs in this process.
+    """
 
-    def load(self, threads: int) -> DoubleSegmenter:
-        _seen.clear()
-        return DoubleSegmenter(self)
+    out: str = ""
+    marker: Color = (255, 0, 255)
 
     def act(self, batch: NDArray[np.uint8]) -> None:
-        _seen.append(len(batch))
-        if sum(_seen) > self.images:
+        if marked(batch, self.marker):
+            deadline = time.monotonic() + 60
+            while not tables.parts(storage.join(self.out, "masks")):
+                assert time.monotonic() < deadline, "no part was written"
+                time.sleep(0.01)
             raise Stop
-
-
-_seen: list[int] = []
 
 
 @dataclass(frozen=True)

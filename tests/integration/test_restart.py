@@ -246,8 +246,10 @@ def test_all_of_a_shard_vanishes_and_returns(tmp_path: Path) -> None:
 def test_changes_before_the_first_plan_is_done(tmp_path: Path) -> None:
     """A shard that no one has written yet is rewritten by a later plan."""
     source, out = photos.folder(tmp_path / "in", 24), tmp_path / "out"
+    for i in (9, 20):  # of the second and third shard
+        (source / f"photo-{i:04d}.jpg").write_bytes(photos.jpeg(i, photos.MARKER))
     with pytest.raises(doubles.Stop):
-        doubles.predict(doubles.StopAfter(images=8), source, out, "inline")
+        doubles.predict(doubles.StopLater(out=str(out)), source, out, "inline")
     assert parts_of(out) == 1
     for i in (2, 9):
         (source / f"photo-{i:04d}.jpg").write_bytes(photos.jpeg(i + 100))

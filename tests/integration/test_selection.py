@@ -5,6 +5,7 @@ from pathlib import Path
 
 import doubles
 import generators
+import numpy as np
 import photos
 import pytest
 
@@ -86,9 +87,10 @@ def test_a_selection_follows_a_table_that_changes(tmp_path: Path, shard_rows: in
 
 def test_a_limit_is_chosen_once(tmp_path: Path) -> None:
     tree, samples, masks = generators.image_masks(tmp_path / "tree", count=6), tmp_path / "samples", tmp_path / "masks"
+    generators.save(tree / "images" / "train" / "item_4.png", np.full_like(generators.photo(4), photos.MARKER))
     ingest(tree, samples)
     with pytest.raises(doubles.Stop):
-        api.predict(doubles.StopAfter(images=7), str(samples), str(masks), limit=8, options=INLINE)
+        api.predict(doubles.StopLater(out=str(masks)), str(samples), str(masks), limit=8, options=INLINE)
     done = sum(b.num_rows for b in tables.scan(str(masks), "masks", ["sample_id"]))
     assert 0 < done < 8
     (tree / "images" / "train" / "item_0.png").unlink()
