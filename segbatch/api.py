@@ -37,6 +37,7 @@ from segbatch.runs import RunState
 
 if TYPE_CHECKING:
     from segbatch.inference.options import InferenceOptions
+    from segbatch.metrics.base import MetricOptions
     from segbatch.models.catalogue import Card
     from segbatch.models.registry import ModelSource
     from segbatch.stages.exporting import Exported
@@ -130,6 +131,7 @@ def evaluate(
     out: str,
     *,
     protocol: str = "",
+    metric: "MetricOptions | None" = None,
     missing: Literal["error", "skip"] = "error",
     options: RunOptions | None = None,
     watch: Watch | None = None,
@@ -141,7 +143,10 @@ def evaluate(
         samples: run root of the ground truth.
         out: the run root to write.
         protocol: a name of ``segbatch metrics``; the dataset's own when empty.
-        missing: ``skip`` leaves images without a good prediction out, and counts them.
+        metric: what the protocol's official evaluator leaves to its caller; see ``metrics.base.MetricOptions``.
+        missing: ``skip`` leaves images without a good prediction out, and counts them. With ``error``, images without a
+            row of masks count as ones in which nothing was found, where the official evaluator has it so
+            (``metrics.base.CountsMissing``).
         options: shards and engine.
         watch: who looks on.
 
@@ -149,11 +154,13 @@ def evaluate(
         ConfigError: unknown protocol, missing tables, or an output of another configuration.
         IncompleteRunError: images without a good prediction, and ``missing`` is ``error``.
     """
+    from segbatch.metrics.base import DEFAULTS
     from segbatch.stages import evaluate_finish as stage
 
-    job = evaluate_job(masks, samples, out, protocol)
+    job = evaluate_job(masks, samples, out, protocol, (metric or DEFAULTS).chosen())
     result = carry_out(job, Limits(1.0), options or RunOptions(), watch or Silent())
-    figures = stage.finish(job.out, job.config["masks"], job.config["samples"], job.config["protocol"], missing)
+    c = job.config
+    figures = stage.finish(job.out, c["masks"], c["samples"], c["protocol"], missing, options=metric or DEFAULTS)
     return RunResult(result.state, result.rows, result.seconds, result.start_seconds, tuple(figures.figures))
 
 

@@ -195,6 +195,10 @@ def evaluate(
     out: str,
     *,
     protocol: str = "",
+    iou: tuple[float, ...] = (),
+    max_detections: tuple[int, ...] = (),
+    boundary: float | None = None,
+    upstream_bugs: bool = False,
     missing: Literal["error", "skip"] = "error",
     engine: EngineName = "auto",
     set_: Sets = (),
@@ -207,12 +211,25 @@ def evaluate(
         samples: Run root of the ground truth.
         out: Run root to write.
         protocol: Name from `segbatch metrics`; the dataset's own when left out.
+        iou: IoU from which on a detection may match; repeat it for several. The official ones when left out.
+        max_detections: The best so many detections of an image and class count; repeat it for several.
+        boundary: Width of boundaries, as a part of the image's diagonal.
+        upstream_bugs: Reproduce the known defects of the official evaluator.
         missing: What to do about images without a good prediction.
     """
     from segbatch import api
+    from segbatch.metrics.base import MetricOptions
 
+    metric = MetricOptions(iou, max_detections, boundary, upstream_bugs)
     result = api.evaluate(
-        masks, samples, out, protocol=protocol, missing=missing, options=_options(set_, engine), watch=_Terminal()
+        masks,
+        samples,
+        out,
+        protocol=protocol,
+        metric=metric,
+        missing=missing,
+        options=_options(set_, engine),
+        watch=_Terminal(),
     )
     if json_:
         _print_json({**_run_json(result), "figures": [_figure_json(f) for f in result.figures]})

@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -299,23 +299,27 @@ def _inputs(source: str, where: str) -> Iterator[PlanItem]:
     return list_images(source)
 
 
-def evaluate_job(masks: str, samples: str, out: str, protocol: str) -> Job:
-    """The job of ``api.evaluate``."""
+def evaluate_job(masks: str, samples: str, out: str, protocol: str, options: Mapping[str, Any] | None = None) -> Job:
+    """The job of ``api.evaluate``; ``options`` as in ``MetricOptions``."""
     from segbatch.metrics import registry
+    from segbatch.metrics.base import MetricOptions
     from segbatch.stages import evaluate as stage
 
     masks, samples = tables.root_of(masks, "masks"), tables.root_of(samples, "samples")
     info = tables.dataset_info(samples)
     name = protocol or registry.default_protocol(str(info["name"]), info.get("tasks", ()))
-    registry.make(name, tables.class_table(samples))
-    config = {"masks": masks, "samples": samples, "protocol": name}
+    chosen = MetricOptions.of(options or {})
+    registry.make(name, tables.class_table(samples), chosen)
+    config: dict[str, Any] = {"masks": masks, "samples": samples, "protocol": name}
+    if chosen.chosen():
+        config["options"] = chosen.chosen()
     return Job(
         verb="evaluate",
         table="state",
         out=storage.resolve(out),
         config=config,
-        listing=lambda: stage.items(masks, samples, name),
-        task=stage.EvaluateTask(masks, samples, name),
+        listing=lambda: stage.items(masks, samples),
+        task=stage.EvaluateTask(masks, samples, name, chosen),
         info=lambda: info,
         unsplit=True,
     )
@@ -359,7 +363,7 @@ def job_of(out: str, model: "str | ModelSource" = "") -> Job:
         resplit = Resplit(c.get("split_by", ""), tuple(c.get("fractions", (0.8, 0.1, 0.1))))
         return ingest_job(c["dataset"], c["source"], run.root, c["splits"], c["by_reference"], resplit)
     if document["verb"] == "evaluate":
-        return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"])
+        return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"], c.get("options"))
     if document["verb"] == "import":
         return import_job(c["format"], c["files"], c["samples"], run.root)
     selection = Selection(c["where"], c["limit"])

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from segbatch.errors import SchemaError
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 VERSION_KEY = b"segbatch.schema_version"
 TABLE_KEY = b"segbatch.table"
 
@@ -130,6 +130,13 @@ MASKS = pa.schema(
 MATCHES = _list_of(_required("matched", pa.uint64()), _required("ignored", pa.uint64()))
 """Bits of every entry of ``detections``, by range of size and threshold. New in 1.2."""
 
+ARRAYS = _list_of(
+    _required("name", pa.string()),
+    pa.field("integers", pa.list_(pa.field("item", pa.int64(), nullable=False))),
+    pa.field("reals", pa.list_(pa.field("item", pa.float64(), nullable=False))),
+)
+"""Named arrays of numbers, row by row; see ``metrics.arrays``. New in 1.3."""
+
 STATE = pa.schema(
     [
         _required("sample_id", pa.string()),
@@ -155,13 +162,15 @@ STATE = pa.schema(
             "segment_errors",
             _list_of(_required("category", pa.int32()), _required("fp", pa.uint32()), _required("fn", pa.uint32())),
         ),
+        pa.field("arrays", ARRAYS),
     ]
 )
 """Evaluation state, one row per image; each protocol fills its own columns.
 
 ``joint`` is the sparse joint histogram of ground truth and prediction. ``detections`` to ``proposals`` are explained at
 ``metrics.coco_figures.Matches``, ``segment_matches`` and ``segment_errors`` at
-``metrics.coco_panoptic.SegmentMatches``; these are new in 1.2.
+``metrics.coco_panoptic.SegmentMatches``; these are new in 1.2. ``arrays`` holds the state of every
+protocol for which no column of its own pays.
 """
 
 SUMMARY = pa.schema(
@@ -200,9 +209,38 @@ IMAGES = pa.schema(
                 pa.field("iou", pa.float64()),
             ),
         ),
+        pa.field(
+            "matches",
+            _list_of(
+                _required("class", pa.string()),
+                _required("label_id", pa.int32()),
+                pa.field("truth_id", pa.int64()),
+                pa.field("predicted_id", pa.int64()),
+                pa.field("iou", pa.float64()),
+                pa.field("score", pa.float64()),
+                _required("outcome", pa.string()),
+            ),
+        ),
     ]
 )
-"""One row per image: its own score (null where undefined) and the counts of every class it shows or predicts."""
+"""One row per image: its own score (null where undefined) and the counts of every class it shows or predicts.
+
+``matches`` says of every object and detection what became of it (``tp``, ``fp``, ``fn``, ``ignored``); null where the
+protocol does not match objects. New in 1.3.
+"""
+
+DETAILS = pa.schema(
+    [
+        _required("kind", pa.string()),
+        pa.field("group_id", pa.string()),
+        pa.field("sample_id", pa.string()),
+        pa.field("class", pa.string()),
+        pa.field("truth_id", pa.int64()),
+        pa.field("predicted_id", pa.int64()),
+        _required("values", pa.map_(pa.string(), pa.field("value", pa.float64()))),
+    ]
+)
+"""What a protocol has to say of smaller things than images' classes, or larger: cases, lesions, pairs. New in 1.3."""
 
 CONFUSION = pa.schema(
     [
@@ -221,6 +259,7 @@ TABLES: dict[str, pa.Schema] = {
     "summary": SUMMARY,
     "images": IMAGES,
     "confusion": CONFUSION,
+    "details": DETAILS,
 }
 
 ROW_GROUP_ROWS = 100
@@ -277,6 +316,8 @@ def _leaf_paths(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
     def walk(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
         if pa.types.is_struct(kind):
             return [leaf for f in kind for leaf in walk(f"{path}.{f.name}", f.type)]
+        if pa.types.is_map(kind):
+            return walk(f"{path}.key_value.key", kind.key_type) + walk(f"{path}.key_value.value", kind.item_type)
         if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
             return walk(f"{path}.list.element", kind.value_type)  # Parquet's own name, whatever Arrow's is
         return [(path, kind)]

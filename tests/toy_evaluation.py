@@ -70,7 +70,7 @@ def evaluated(tmp: Path, shots: Sequence[Shot], classes: ClassTable = CLASSES) -
     Run.open(str(tmp / "masks"), "masks", "predict", {"model": f"net@{EVIL}", "tiles": {"size": 512}, "where": ""})
     masks, samples, out = str(tmp / "masks"), str(tmp / "samples"), tmp / "metrics"
     run = Run.open(str(out), "state", "evaluate", {"masks": masks, "samples": samples, "protocol": "semantic"})
-    run.plan(lambda: evaluate.items(masks, samples, "semantic"), PlanConfig())
+    run.plan(lambda: evaluate.items(masks, samples), PlanConfig())
     worker = evaluate.EvaluateTask(masks, samples, "semantic").open(1, Silent())
     for shard in run.missing():
         worker.run(shard, {})

@@ -1,1 +1,1 @@
-"""Metrics: one file per official evaluator; ``registry.METRICS`` names them, ``base.Metric`` says what they are."""
+"""Metrics: one file per official evaluator; ``registry.BUILT_IN`` names them, ``base.Metric`` says what they are."""

@@ -9,8 +9,8 @@ order or in ``image_order``.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from segbatch.records import Figure
 
 S = TypeVar("S")
 State = TypeVar("State", covariant=True)
+State_contra = TypeVar("State_contra", contravariant=True)
 
 _NUMBER = re.compile(r"-?[0-9]+", re.ASCII)
 
@@ -93,16 +94,58 @@ class ClassCount:
 
 
 @dataclass(frozen=True, slots=True)
+class Match:
+    """What became of one object, or of one detection.
+
+    Attributes:
+        class_name, label_id: of the detection; of the object where there is none.
+        truth_id, predicted_id: ids of the object and of the detection; None where there is none.
+        iou: of the two, 0..1; None where either is missing.
+        score: of the detection; None where there is none.
+        outcome: ``tp``, ``fp``, ``fn``, or ``ignored`` (neither right nor wrong).
+    """
+
+    class_name: str
+    label_id: int
+    truth_id: int | None
+    predicted_id: int | None
+    iou: float | None
+    score: float | None
+    outcome: Literal["tp", "fp", "fn", "ignored"]
+
+
+@dataclass(frozen=True, slots=True)
 class ImageScore:
     """One image on its own.
 
     Attributes:
         score: what images are ranked by, 0..1; None where it is undefined (nothing to score).
         classes: every class that the image shows or predicts, in class order.
+        matches: of objects with detections; None where the protocol matches none.
     """
 
     score: float | None
     classes: tuple[ClassCount, ...]
+    matches: tuple[Match, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """A row of the ``details`` table: something smaller than a class of an image, or larger than an image.
+
+    Attributes:
+        kind: what it is: ``case``, ``lesion`` ...
+        values: figures by name; None where undefined.
+        group_id, sample_id, class_name, truth_id, predicted_id: what it belongs to; None where that says nothing.
+    """
+
+    kind: str
+    values: Mapping[str, float | None]
+    group_id: str | None = None
+    sample_id: str | None = None
+    class_name: str | None = None
+    truth_id: int | None = None
+    predicted_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +165,46 @@ class Confusion:
     pixels: NDArray[np.uint64]
 
 
+@dataclass(frozen=True, slots=True)
+class MetricOptions:
+    """What a caller may set of a protocol; empty, None and False leave it as its official evaluator has it.
+
+    Figures under other settings than the official ones carry the same names: the summary's reader must know. So the
+    evaluation's record holds what was set, and the report shows it.
+
+    Attributes:
+        ious: IoUs from which on a detection may be matched with an object, ascending, 0 < IoU <= 1.
+        max_detections: the best so many detections of each image and class count, ascending.
+        boundary: width of the boundary, as a part of the image's diagonal.
+        upstream_bugs: reproduce known defects of the official evaluator.
+    """
+
+    ious: tuple[float, ...] = ()
+    max_detections: tuple[int, ...] = ()
+    boundary: float | None = None
+    upstream_bugs: bool = False
+
+    @classmethod
+    def of(cls, chosen: Mapping[str, Any]) -> "MetricOptions":
+        """Inverse of ``chosen``."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in chosen.items()}
+        return cls(**values)
+
+    def chosen(self) -> dict[str, Any]:
+        """What is set, as JSON knows it."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items() if v not in ((), None, False)}
+
+
+DEFAULTS = MetricOptions()
+
+
 class Metric(Protocol[S]):
     """One evaluator, made for a class table. Holds no counts itself, so threads may share it.
 
-    ``S`` is its state: of one image, or of any number of images merged.
+    ``S`` is its state: of one image, or of any number of images merged. A class that takes ``MetricOptions`` as its
+    second argument names those that it heeds in a class variable ``accepts``; one with figures outside 0..1 (mm,
+    signed differences) names those in ``unbounded``.
     """
 
     name: ClassVar[str]
@@ -167,7 +246,7 @@ class Metric(Protocol[S]):
         """Inverse of ``columns``: the state of every row, None where it is null.
 
         Args:
-            batch: rows of the state table: ``sample_id`` and ``state_columns``.
+            batch: rows of the state table: ``sample_id``, ``group_id`` and ``state_columns``.
         """
         ...
 
@@ -185,6 +264,32 @@ class Metric(Protocol[S]):
 
     def confusion(self, total: S) -> Confusion | None:
         """The confusion matrix, or None where the metric has none."""
+        ...
+
+
+@runtime_checkable
+class FoldsGroups(Protocol[S]):
+    """A metric of groups (volumes): the state of a whole one is much smaller than those of its images.
+
+    Rows of a group that lie together are folded before they are written: the last one holds the state, those before it
+    none. ``merge`` folds groups whose images come from several parts.
+    """
+
+    def folded(self, states: Sequence[S]) -> S | None:
+        """State of a whole group; None where images of it are missing.
+
+        Raises:
+            DataError: the group cannot be scored; all of its rows then get the error's code as their status.
+        """
+        ...
+
+
+@runtime_checkable
+class HasDetails(Protocol[State_contra]):
+    """A metric that fills the ``details`` table."""
+
+    def details(self, total: State_contra) -> Iterable[Detail]:
+        """Rows, in an order that does not depend on how the states were merged."""
         ...
 
 

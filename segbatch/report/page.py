@@ -266,7 +266,7 @@ def _facts(root: str, sources: cases.Sources) -> list[tuple[str, str]]:
     from segbatch.metrics import registry
 
     document, model = cases.document_of(root), cases.document_of(sources.masks).get("config", {})
-    known = registry.METRICS.get(sources.protocol)
+    known = registry.metric(sources.protocol) if sources.protocol in registry.names() else None
     facts = [
         ("Model", str(model.get("model", ""))),
         ("Model digest", _digest(sources.masks)),

@@ -5,6 +5,7 @@ decoded: counts come straight from the runs.
 """
 
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import pyarrow as pa
 from segbatch import runs, schemas, storage, tables
 from segbatch.errors import ConfigError, DataError
 from segbatch.metrics import registry
-from segbatch.metrics.base import Metric, Row
+from segbatch.metrics.base import DEFAULTS, FoldsGroups, Metric, MetricOptions, Row
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.stages import join
 from segbatch.stages.evaluate_finish import Summary, finish
@@ -30,22 +31,18 @@ _TRUTH = ("sample_id", "group_id", "split", "image_uri", "attributes", "status",
 _PREDICTION = ("sample_id", "group_id", "image_uri", "status", "error", "height", "width")
 
 
-def items(masks: str, samples: str, protocol: str = "") -> Iterator[PlanItem]:
+def items(masks: str, samples: str) -> Iterator[PlanItem]:
     """One item per masks part: its rows from the Parquet footer.
 
     The item's tag covers the masks part and the samples table, so that a retry of the masks or a new ingest of the
-    labels makes its state anew. An empty ``protocol`` is the dataset's own.
+    labels makes its state anew.
 
     Raises:
-        ConfigError: no such table, an unknown protocol or one that does not fit the classes, or masks whose label ids
-            mean other classes than the samples'. Raised at once, not on iteration.
+        ConfigError: no such table, or masks whose label ids mean other classes than the samples'. Raised at once, not
+            on iteration.
     """
     samples_folder, masks_folder = tables.find(samples, "samples"), tables.find(masks, "masks")
-    samples_root = tables.root_of(samples, "samples")
-    info = tables.dataset_info(samples_root)
-    name = protocol or registry.default_protocol(str(info.get("name", "")), info.get("tasks", ()))
-    registry.make(name, tables.class_table(samples_root))
-    _check_same_classes(tables.root_of(masks, "masks"), samples_root)
+    _check_same_classes(tables.root_of(masks, "masks"), tables.root_of(samples, "samples"))
     labels = _digest(tables.parts(samples_folder))
     return _items(tables.parts(masks_folder), labels)
 
@@ -83,6 +80,7 @@ class EvaluateTask:
     masks_root: str
     samples_root: str
     protocol: str
+    options: MetricOptions = DEFAULTS
 
     def open(self, threads: int, journal: runs.Journal) -> "EvaluateWorker":
         """See ``runs.Task``; counting is bound by reading, so ``threads`` is not needed.
@@ -93,12 +91,24 @@ class EvaluateTask:
         return EvaluateWorker(self, journal)
 
 
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """A row of the state table: what is known of it, and its state."""
+
+    known: Mapping[str, str | None]
+    state: Any
+
+    @property
+    def group(self) -> str | None:
+        return self.known["group_id"]
+
+
 class EvaluateWorker:
     """See ``runs.Worker``. Holds the metric and the join of masks with samples."""
 
     def __init__(self, task: EvaluateTask, journal: runs.Journal) -> None:
         classes = tables.class_table(tables.root_of(task.samples_root, "samples"))
-        self._metric: Metric[Any] = registry.make(task.protocol, classes)
+        self._metric: Metric[Any] = registry.make(task.protocol, classes, task.options)
         self._join = join.Join(
             tables.parts(tables.find(task.samples_root, "samples")),
             (*_TRUTH, *self._metric.truth_columns),
@@ -121,12 +131,8 @@ class EvaluateWorker:
         began = time.perf_counter()
         slot = f"evaluate-{threading.get_ident()}"
         writer = tables.PartWriter("state")
-        for item in runs.items_of(shard):
-            for masks, truth in self._join.matched(item):
-                self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
-                writer.write(self._state(masks, truth, skip))
-                with self._lock:
-                    self._rows_done += masks.num_rows
+        for counted in self._counted(shard, slot, skip):
+            writer.write(counted)
         self._journal.clear(slot)
         return runs.commit(shard, writer, {"total": time.perf_counter() - began})
 
@@ -136,28 +142,59 @@ class EvaluateWorker:
             for masks, truth in self._join.matched(item):
                 for i, found in enumerate(masks.column("sample_id").to_pylist()):
                     if found == sample_id:
-                        self._state(masks.slice(i, 1), truth[i : i + 1], {})
+                        self._count(Row(masks, i), truth[i], {})
 
-    def _state(self, masks: pa.RecordBatch, truth: Sequence[Row | None], skip: Mapping[str, str]) -> pa.RecordBatch:
-        """State rows of a batch of masks."""
-        counted = [self._count(Row(masks, i), row, skip) for i, row in enumerate(truth)]
-        kept = self._metric.columns([state for _, _, state in counted])
-        known = {
-            name: [row.text(name) if row else None for row in truth] for name in ("group_id", "split", "attributes")
-        }
-        photos = [row.text("image_uri") if row else None for row in truth]
-        columns: dict[str, Any] = {
-            **known,
-            "sample_id": masks.column("sample_id"),
-            "image_uri": [p or m for p, m in zip(photos, masks.column("image_uri").to_pylist(), strict=True)],
-            "status": [status for status, _, _ in counted],
-            "error": [error for _, error, _ in counted],
-            **kept,
-        }
+    def _counted(self, shard: ShardRef, slot: str, skip: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+        """State rows of the shard; those of a group together, where the metric folds groups."""
+        for item in runs.items_of(shard):
+            waiting: list[_Counted] = []
+            for masks, truth in self._join.matched(item):
+                self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
+                rows = [self._row(Row(masks, i), row, skip) for i, row in enumerate(truth)]
+                with self._lock:
+                    self._rows_done += len(rows)
+                if not isinstance(self._metric, FoldsGroups):
+                    yield self._batch(rows)
+                    continue
+                waiting += rows
+                last = next((i for i in range(len(waiting), 0, -1) if waiting[i - 1].group != waiting[-1].group), 0)
+                if last:
+                    yield self._batch(self._folded(waiting[:last]))
+                    waiting = waiting[last:]
+            if waiting:
+                yield self._batch(self._folded(waiting))
+
+    def _row(self, predicted: Row, truth: Row | None, skip: Mapping[str, str]) -> "_Counted":
+        status, error, state = self._count(predicted, truth, skip)
+        known = {name: truth.text(name) if truth else None for name in ("group_id", "split", "attributes", "image_uri")}
+        known["image_uri"] = known["image_uri"] or predicted.text("image_uri")
+        return _Counted({**known, "sample_id": predicted.text("sample_id"), "status": status, "error": error}, state)
+
+    def _folded(self, rows: "Sequence[_Counted]") -> "list[_Counted]":
+        """The rows with whole groups folded into their last rows."""
+        assert isinstance(self._metric, FoldsGroups)
+        done: list[_Counted] = []
+        for _, members in itertools.groupby(rows, key=lambda r: r.group):
+            group = list(members)
+            states = [r.state for r in group]
+            if group[0].group is None or any(s is None for s in states):
+                done += group
+                continue
+            try:
+                whole = self._metric.folded(states)
+            except DataError as error:
+                failed = {"status": error.code, "error": str(error)}
+                done += [_Counted({**r.known, **failed}, None) for r in group]
+                continue
+            if whole is not None:
+                group = [*(_Counted(r.known, None) for r in group[:-1]), _Counted(group[-1].known, whole)]
+            done += group
+        return done
+
+    def _batch(self, rows: "Sequence[_Counted]") -> pa.RecordBatch:
+        columns: dict[str, Any] = dict(self._metric.columns([r.state for r in rows]))
         arrays = [
-            columns[f.name]
-            if isinstance(columns.get(f.name), pa.Array)
-            else pa.array(columns.get(f.name, [None] * masks.num_rows), f.type)
+            columns[f.name] if f.name in columns else pa.array([r.known.get(f.name) for r in rows], f.type)
             for f in schemas.STATE
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=schemas.STATE)

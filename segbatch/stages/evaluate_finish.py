@@ -13,7 +13,17 @@ from segbatch import schemas, storage, tables
 from segbatch.config import nearest
 from segbatch.errors import ConfigError, IncompleteRunError
 from segbatch.metrics import registry
-from segbatch.metrics.base import Confusion, CountsMissing, ImageScore, Metric, Row
+from segbatch.metrics.base import (
+    DEFAULTS,
+    Confusion,
+    CountsMissing,
+    Detail,
+    HasDetails,
+    ImageScore,
+    Metric,
+    MetricOptions,
+    Row,
+)
 from segbatch.records import OK, Figure
 from segbatch.stages import join
 from segbatch.stages.join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
@@ -58,9 +68,15 @@ class Summary:
 
 
 def finish(
-    out_root: str, masks: str, samples: str, protocol: str, missing: Missing = "error", splits: Sequence[str] = ()
+    out_root: str,
+    masks: str,
+    samples: str,
+    protocol: str,
+    missing: Missing = "error",
+    splits: Sequence[str] = (),
+    options: MetricOptions = DEFAULTS,
 ) -> Summary:
-    """Merge all state parts and write ``images``, ``confusion`` and ``summary``, in this order.
+    """Merge all state parts and write ``images``, ``confusion``, ``details`` and ``summary``, in this order.
 
     A sample that no masks row is there for counts as one where nothing was found if the protocol says so
     (``CountsMissing``) and ``missing`` is ``error``. A row that failed never does.
@@ -74,6 +90,7 @@ def finish(
         protocol: as it was evaluated.
         missing: whether a sample without a usable prediction is an error, or left out and counted.
         splits: which splits count; empty: those that the masks cover.
+        options: as it was evaluated.
 
     Raises:
         IncompleteRunError: samples without prediction, or with several; or nothing could be scored.
@@ -81,7 +98,7 @@ def finish(
     """
     root = storage.resolve(out_root)
     info = tables.dataset_info(tables.root_of(samples, "samples"))
-    metric = registry.make(protocol, tables.class_table(tables.root_of(samples, "samples")))
+    metric = registry.make(protocol, tables.class_table(tables.root_of(samples, "samples")), options)
     census = Census(join.SampleIndex(tables.parts(tables.find(samples, "samples"))))
     for batch in tables.scan(root, "state", ("sample_id", "status")):
         census.add(batch)
@@ -99,6 +116,7 @@ def finish(
         str(info.get("name", "")), protocol, chosen, (*metric.compute(total), *_image_figures(images)), images
     )
     _write_confusion(root, metric.confusion(total))
+    _write_details(root, metric.details(total) if isinstance(metric, HasDetails) else ())
     _write_summary(root, summary)
     return summary
 
@@ -292,6 +310,8 @@ def _image_rows(batch: pa.RecordBatch, metric: Metric[Any], states: Sequence[Any
     columns = {name: batch.column(name) for name in _IMAGE_COLUMNS}
     columns["score"] = pa.array([s.score if s else None for s in scores], pa.float64())
     columns["classes"] = pa.array([_class_rows(s) if s else None for s in scores], schemas.IMAGES.field("classes").type)
+    matches = [_match_rows(s) if s else None for s in scores]
+    columns["matches"] = pa.array(matches, schemas.IMAGES.field("matches").type)
     return pa.RecordBatch.from_arrays([columns[name] for name in schemas.IMAGES.names], schema=schemas.IMAGES)
 
 
@@ -300,6 +320,13 @@ def _class_rows(score: ImageScore) -> list[dict[str, Any]]:
         {"class": c.class_name, "label_id": c.label_id, "tp": c.tp, "fp": c.fp, "fn": c.fn, "iou": c.iou}
         for c in score.classes
     ]
+
+
+def _match_rows(score: ImageScore) -> list[dict[str, Any]] | None:
+    if score.matches is None:
+        return None
+    names = ("label_id", "truth_id", "predicted_id", "iou", "score", "outcome")
+    return [{"class": m.class_name, **{name: getattr(m, name) for name in names}} for m in score.matches]
 
 
 def _image_figures(images: dict[str, int]) -> list[Figure]:
@@ -330,6 +357,16 @@ def _write_confusion(root: str, confusion: Confusion | None) -> None:
                 }
             )
     tables.write_table(root, "confusion", pa.Table.from_pylist(rows, schema=schemas.CONFUSION))
+
+
+def _write_details(root: str, details: Iterable[Detail]) -> None:
+    names = {"class": "class_name"}
+    rows = [
+        {f.name: getattr(d, names.get(f.name, f.name)) for f in schemas.DETAILS if f.name != "values"}
+        | {"values": list(d.values.items())}
+        for d in details
+    ]
+    tables.write_table(root, "details", pa.Table.from_pylist(rows, schema=schemas.DETAILS))
 
 
 def _write_summary(root: str, summary: Summary) -> None:

@@ -1,5 +1,7 @@
 """What every registered metric must keep; being registered enrols it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,27 +16,54 @@ from segbatch.metrics.base import Metric, Row
 from segbatch.records import ClassInfo, ClassTable
 
 VOID = 11
-CLASSES = ClassTable(
+PLAIN = ClassTable(
     (*(ClassInfo(i, f"class{i}", isthing=i < 6) for i in range(11)), ClassInfo(VOID, "void", ignore=True))
 )
+TABLES: dict[str, ClassTable] = {}
+"""Class tables of the protocols that want their own dataset's."""
+
 IMAGES = 7
 
 Map = NDArray[np.uint16]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A metric and a class table it is made for.
+
+    Attributes:
+        ids: up to eleven of the scored label ids, and then an ignored one, or one more.
+    """
+
+    metric: Metric[Any]
+    classes: ClassTable
+    ids: tuple[int, ...]
+
+    def maps(self, seed: int) -> list[Map]:
+        generator = np.random.default_rng(seed)
+        ids = np.array(self.ids, np.uint16)
+        return [ids[generator.integers(0, len(ids), (6, 9))] for _ in range(IMAGES)]
+
+    def rows(self, maps: list[Map], schema: pa.Schema) -> pa.RecordBatch:
+        return batch_of(maps, schema, self.classes.ignore_ids)
+
+
 @pytest.fixture(params=registry.names())
-def metric(request: pytest.FixtureRequest) -> Metric[Any]:
-    return registry.make(request.param, CLASSES)
+def case(request: pytest.FixtureRequest) -> Case:
+    classes = TABLES.get(request.param, PLAIN)
+    scored = [c.label_id for c in classes.scored]
+    ids = (*scored[:11], *[*classes.ignore_ids, *scored[11:]][:1])
+    return Case(registry.make(request.param, classes), classes, ids)
 
 
-def random_maps(seed: int) -> list[Map]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, 12, (6, 9)).astype(np.uint16) for _ in range(IMAGES)]
+@pytest.fixture
+def metric(case: Case) -> Metric[Any]:
+    return case.metric
 
 
-def objects_of(label_map: Map) -> list[dict[str, Any]]:
+def objects_of(label_map: Map, void: Sequence[int]) -> list[dict[str, Any]]:
     """An object for every class that is no void; usable as entries of ``instances`` and of ``segments``."""
-    found = rle.instances_of(label_map, background=[VOID])
+    found = rle.instances_of(label_map, background=list(void))
     return [
         {
             "id": 100 + label_id,
@@ -43,7 +72,7 @@ def objects_of(label_map: Map) -> list[dict[str, Any]]:
             "area": float(area),
             "iscrowd": False,
             "counts": counts,
-            "score": 1 - label_id / 20,
+            "score": 1 / (1 + label_id),
         }
         for label_id, area, box, counts in zip(
             found.ids.tolist(), found.areas.tolist(), found.boxes_xywh.tolist(), found.counts, strict=True
@@ -51,22 +80,24 @@ def objects_of(label_map: Map) -> list[dict[str, Any]]:
     ]
 
 
-def index_map(label_map: Map) -> Map:
+def index_map(label_map: Map, void: Sequence[int]) -> Map:
     """n + 1 for the n-th object, 0 for void."""
-    labels = [o["category_id"] for o in objects_of(label_map)]
-    return np.where(label_map == VOID, 0, np.searchsorted(labels, label_map) + 1).astype(np.uint16)
+    labels = [o["category_id"] for o in objects_of(label_map, void)]
+    return np.where(np.isin(label_map, void), 0, np.searchsorted(labels, label_map) + 1).astype(np.uint16)
 
 
-def batch_of(maps: list[Map], schema: pa.Schema) -> pa.RecordBatch:
-    """Rows with every task there is, all made of the label maps."""
+def batch_of(maps: list[Map], schema: pa.Schema, void: Sequence[int]) -> pa.RecordBatch:
+    """Rows with every task there is, all made of the label maps; together they are a volume."""
     height, width = maps[0].shape
-    same: dict[str, Any] = {"image_uri": "", "etag": "", "status": "ok", "model_digest": ""}
+    same: dict[str, Any] = {"image_uri": "", "etag": "", "status": "ok", "model_digest": "", "group_id": "v"}
     same |= {"height": height, "width": width}
-    objects = [objects_of(m) for m in maps]
+    objects = [objects_of(m, void) for m in maps]
+    volume = {"slices": len(maps), "spacing_mm": [0.7, 0.7, 2.5], "slope": 1.0, "intercept": 0.0, "dtype": "int16"}
     made = {
         "sample_id": pa.array([f"s{i}" for i in range(len(maps))]),
         "semantic": columns.runs_array([runlength.encode(m) for m in maps]),
-        "panoptic": columns.panoptic_array([runlength.encode(index_map(m)) for m in maps]),
+        "panoptic": columns.panoptic_array([runlength.encode(index_map(m, void)) for m in maps]),
+        "volume": pa.array([{"index": i, **volume} for i in range(len(maps))], schemas.VOLUME),
         **{name: pa.array(objects, schema.field(name).type) for name in ("instances", "segments")},
     }
     arrays = [made[f.name] if f.name in made else pa.array([same.get(f.name)] * len(maps), f.type) for f in schema]
@@ -78,16 +109,16 @@ def states_of(metric: Metric[Any], truth: pa.RecordBatch, predicted: pa.RecordBa
 
 
 @pytest.fixture
-def truth() -> pa.RecordBatch:
-    return batch_of(random_maps(0), schemas.SAMPLES)
+def truth(case: Case) -> pa.RecordBatch:
+    return case.rows(case.maps(0), schemas.SAMPLES)
 
 
 @pytest.fixture
-def predicted() -> pa.RecordBatch:
+def predicted(case: Case) -> pa.RecordBatch:
     """Like the truth, but for every third pixel."""
-    wrong, generator = random_maps(1), np.random.default_rng(2)
-    mixed = [np.where(generator.random(t.shape) < 0.3, w, t) for t, w in zip(random_maps(0), wrong, strict=True)]
-    return batch_of(mixed, schemas.MASKS)
+    wrong, generator = case.maps(1), np.random.default_rng(2)
+    mixed = [np.where(generator.random(t.shape) < 0.3, w, t) for t, w in zip(case.maps(0), wrong, strict=True)]
+    return case.rows(mixed, schemas.MASKS)
 
 
 def test_it_says_what_it_is(metric: Metric[Any]) -> None:
@@ -107,7 +138,7 @@ def test_states_survive_the_state_table(metric: Metric[Any], truth: pa.RecordBat
     for name, column in kept.items():
         assert column.type == schemas.STATE.field(name).type
     names = [f"s{i}" for i in (0, 99, *range(1, IMAGES), 99)]
-    batch = pa.RecordBatch.from_pydict({"sample_id": names, **kept})
+    batch = pa.RecordBatch.from_pydict({"sample_id": names, "group_id": ["v"] * len(names), **kept})
     again = metric.states(batch)
     assert [s is None for s in again] == [s is None for s in with_gaps]
     left, right = metric.merge(states), metric.merge([s for s in again if s is not None])
@@ -129,12 +160,13 @@ def test_nothing_at_all_has_figures_without_values_or_zero(metric: Metric[Any]) 
     empty = metric.merge([])
     assert {f.value for f in metric.compute(empty)} <= {None, 0.0}
     metric.confusion(empty)
-    columns_of_nothing = {"sample_id": pa.array([], pa.string()), **metric.columns([])}
+    nothing = pa.array([], pa.string())
+    columns_of_nothing = {"sample_id": nothing, "group_id": nothing, **metric.columns([])}
     assert len(metric.states(pa.RecordBatch.from_pydict(columns_of_nothing))) == 0
 
 
-def test_the_truth_itself_is_perfect(metric: Metric[Any], truth: pa.RecordBatch) -> None:
-    same = batch_of(random_maps(0), schemas.MASKS)
+def test_the_truth_itself_is_perfect(case: Case, metric: Metric[Any], truth: pa.RecordBatch) -> None:
+    same = case.rows(case.maps(0), schemas.MASKS)
     figures = metric.compute(metric.merge(states_of(metric, truth, same)))
     headline = [f for f in figures if f.metric == metric.headline and not f.class_name]
     assert [f.value for f in headline] == [1.0]
@@ -147,7 +179,10 @@ def test_figures_are_unique_and_images_are_scored(
     figures = metric.compute(metric.merge(states))
     keys = [(f.metric, f.class_name, f.slice) for f in figures]
     assert len(keys) == len(set(keys))
-    assert all(f.value is None or (isinstance(f.value, float) and 0 <= f.value <= 1) for f in figures)
+    free = getattr(metric, "unbounded", frozenset())
+    assert all(
+        f.value is None or (isinstance(f.value, float) and 0 <= f.value <= 1) for f in figures if f.metric not in free
+    )
     assert all(f.value is not None for f in figures if f.metric == metric.headline)
     for state in states:
         score = metric.image(state).score

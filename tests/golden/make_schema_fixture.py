@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import generators
+import pyarrow as pa
 
 import segbatch
-from segbatch import schemas
+from segbatch import schemas, tables
 from segbatch.api import load_train_config
 from segbatch.config import EngineConfig, RunOptions
 
@@ -33,6 +34,8 @@ def write(target: Path) -> None:
         segbatch.train(load_train_config(str(root / "train.toml"), str(root / "model")))
         segbatch.predict(f"color@{root}/model", str(root / "samples"), str(root / "masks"), options=options)
         segbatch.evaluate(str(root / "masks"), str(root / "samples"), str(root / "metrics"), options=options)
+        row = {"kind": "case", "group_id": "v", "values": [("dice", 0.5), ("voe", None)]}
+        tables.write_table(str(root / "metrics"), "details", pa.Table.from_pylist([row], schema=schemas.DETAILS))
         found = {p.parent.name: p for p in sorted(root.rglob("part-*.parquet"), reverse=True)}
         target.mkdir(parents=True, exist_ok=True)
         for table in schemas.TABLES:

@@ -96,7 +96,7 @@ def run_all(tmp: Path, shard_rows: int = 0, skip: dict[str, str] | None = None) 
     """Plan and count everything in a fresh or old ``tmp/out``, shards in random order."""
     masks, samples = str(tmp / "masks"), str(tmp / "samples")
     run = Run.open(str(tmp / "out"), "state", "evaluate", {"protocol": "semantic"})
-    run.plan(lambda: evaluate.items(masks, samples, "semantic"), PlanConfig(shard_rows=shard_rows))
+    run.plan(lambda: evaluate.items(masks, samples), PlanConfig(shard_rows=shard_rows))
     task = pickle.loads(pickle.dumps(evaluate.EvaluateTask(masks, samples, "semantic")))
     notes = Notes()
     worker = task.open(1, notes)
@@ -295,7 +295,7 @@ def test_masks_of_other_classes_are_refused(tmp_path: Path) -> None:
     other = ClassTable((ClassInfo(0, "CLASS0"), ClassInfo(1, "aeroplane")))
     tables.write_dataset_info(str(tmp_path / "masks"), {"name": "model", "classes": other.to_json()})
     with pytest.raises(ConfigError, match="label 1 is 'aeroplane' in the masks and 'class1' in the samples"):
-        evaluate.items(str(tmp_path / "masks"), str(tmp_path / "samples"), "semantic")
+        evaluate.items(str(tmp_path / "masks"), str(tmp_path / "samples"))
 
 
 def test_changed_masks_or_labels_are_counted_anew(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_probe_counts_one_sample_and_writes_nothing(tmp_path: Path) -> None:
     write_part(tmp_path / "masks", "masks", 0, shifted(truth))
     masks, samples = str(tmp_path / "masks"), str(tmp_path / "samples")
     run = Run.open(str(tmp_path / "out"), "state", "evaluate", {})
-    run.plan(lambda: evaluate.items(masks, samples, "semantic"), PlanConfig())
+    run.plan(lambda: evaluate.items(masks, samples), PlanConfig())
     worker = evaluate.EvaluateTask(masks, samples, "semantic").open(1, Notes())
     worker.probe(next(run.missing()), "s3")
     assert not tables.has(str(tmp_path / "out"), "state")
