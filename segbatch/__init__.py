@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from segbatch.version import __version__
 
 if TYPE_CHECKING:
-    from segbatch.api import evaluate, ingest, predict, query, report, retry, status, train
+    from segbatch.api import compare, evaluate, ingest, predict, query, report, retry, status, train
     from segbatch.pipeline import run_pipeline
 
 __all__ = [
     "__version__",
+    "compare",
     "evaluate",
     "ingest",
     "predict",

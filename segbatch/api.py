@@ -8,12 +8,12 @@ import dataclasses
 import inspect
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from segbatch import schemas, storage, tables
-from segbatch.config import RunOptions, load_toml
+from segbatch.config import RunOptions, load_toml, read_toml
 from segbatch.errors import ConfigError, SegbatchError
 from segbatch.jobs import (
     Limits,
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from segbatch.metrics.base import MetricOptions
     from segbatch.models.catalogue import Card
     from segbatch.models.registry import ModelSource
+    from segbatch.stages.compare import Difference
     from segbatch.stages.exporting import Exported
+    from segbatch.stages.totals import Analysis
     from segbatch.training import TrainConfig, TrainResult
 
 MAX_PIXELS = 200_000_000
@@ -132,7 +134,9 @@ def evaluate(
     *,
     protocol: str = "",
     metric: "MetricOptions | None" = None,
-    missing: Literal["error", "skip"] = "error",
+    class_map: Mapping[str, str] | None = None,
+    analysis: "Analysis | None" = None,
+    missing: Literal["error", "skip", "partial"] = "error",
     options: RunOptions | None = None,
     watch: Watch | None = None,
 ) -> RunResult:
@@ -144,9 +148,11 @@ def evaluate(
         out: the run root to write.
         protocol: a name of ``segbatch metrics``; the dataset's own when empty.
         metric: what the protocol's official evaluator leaves to its caller; see ``metrics.base.MetricOptions``.
-        missing: ``skip`` leaves images without a good prediction out, and counts them. With ``error``, images without a
-            row of masks count as ones in which nothing was found, where the official evaluator has it so
-            (``metrics.base.CountsMissing``).
+        class_map: classes of the samples by those of the masks, by name; the others are matched by their names.
+        analysis: slices, and intervals by the bootstrap.
+        missing: ``skip`` leaves images without a good prediction out, and counts them; ``partial`` only those that the
+            run that predicts has not come to yet. With ``error``, images without a row of masks count as ones in which
+            nothing was found, where the official evaluator has it so (``metrics.base.CountsMissing``).
         options: shards and engine.
         watch: who looks on.
 
@@ -157,11 +163,32 @@ def evaluate(
     from segbatch.metrics.base import DEFAULTS
     from segbatch.stages import evaluate_finish as stage
 
-    job = evaluate_job(masks, samples, out, protocol, (metric or DEFAULTS).chosen())
+    job = evaluate_job(masks, samples, out, protocol, (metric or DEFAULTS).chosen(), class_map)
     result = carry_out(job, Limits(1.0), options or RunOptions(), watch or Silent())
     c = job.config
-    figures = stage.finish(job.out, c["masks"], c["samples"], c["protocol"], missing, options=metric or DEFAULTS)
+    figures = stage.finish(
+        job.out, c["masks"], c["samples"], c["protocol"], missing, options=metric or DEFAULTS, analysis=analysis
+    )
     return RunResult(result.state, result.rows, result.seconds, result.start_seconds, tuple(figures.figures))
+
+
+def compare(
+    first: str,
+    second: str,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    by: Literal["group", "image"] = "group",
+    paired: bool = True,
+) -> "list[Difference]":
+    """Figures of two evaluations by one protocol, their differences and 95 % intervals; see ``stages.compare``.
+
+    Raises:
+        ConfigError: no evaluations, two protocols, or (paired) other images.
+    """
+    from segbatch.stages import compare as stage
+
+    return stage.compare(first, second, resamples, seed, by, paired)
 
 
 def import_predictions(
@@ -310,6 +337,24 @@ def load_train_config(uri: str, out: str = "", sets: Sequence[str] = ()) -> "Tra
     from segbatch.training import TrainConfig
 
     return load_toml(TrainConfig, uri, [*sets, *([f"out={json.dumps(out)}"] if out else [])])
+
+
+def load_class_map(uri: str) -> dict[str, str]:
+    """Classes of the samples by those of the masks, from the table ``classes`` of a TOML file.
+
+    Raises:
+        ConfigError: no such file, no TOML, or no such table of texts.
+    """
+    found = read_toml(uri)
+    classes = found.get("classes")
+    if (
+        set(found) != {"classes"}
+        or not isinstance(classes, dict)
+        or any(not isinstance(v, str) for v in classes.values())
+    ):
+        problem = f"{uri} is no class map"
+        raise ConfigError(problem, 'write [classes] and lines "class of the masks" = "class of the samples"')
+    return dict(classes)
 
 
 def query(out: str, sql: str) -> "Any":

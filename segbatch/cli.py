@@ -198,8 +198,14 @@ def evaluate(
     iou: tuple[float, ...] = (),
     max_detections: tuple[int, ...] = (),
     boundary: float | None = None,
-    upstream_bugs: bool = False,
+    upstream_bugs: Annotated[bool, Parameter(negative=())] = False,
+    class_map: str = "",
+    slice_: Annotated[tuple[str, ...], Parameter(name="--slice", negative=())] = (),
+    bootstrap: int = 0,
+    bootstrap_by: Literal["group", "image"] = "group",
+    seed: int = 0,
     missing: Literal["error", "skip"] = "error",
+    partial: Annotated[bool, Parameter(negative=())] = False,
     engine: EngineName = "auto",
     set_: Sets = (),
     json_: Json = False,
@@ -215,10 +221,19 @@ def evaluate(
         max_detections: The best so many detections of an image and class count; repeat it for several.
         boundary: Width of boundaries, as a part of the image's diagonal.
         upstream_bugs: Reproduce the known defects of the official evaluator.
+        class_map: TOML file: under [classes] a line "class of the masks" = "class of the samples" for each whose names
+            differ; "" for no class.
+        slice_: Figures for every value of this, too: an attribute, `objects`, `object-size`, a column, or SQL over the
+            samples; repeat it for several.
+        bootstrap: Resamples for 95 % intervals; 1000 is usual.
+        bootstrap_by: What is drawn: groups (videos, patients; images where there are none), or images.
+        seed: Of the bootstrap.
         missing: What to do about images without a good prediction.
+        partial: Score what a run that is still going has written so far.
     """
     from segbatch import api
     from segbatch.metrics.base import MetricOptions
+    from segbatch.stages.totals import Analysis
 
     metric = MetricOptions(iou, max_detections, boundary, upstream_bugs)
     result = api.evaluate(
@@ -227,7 +242,9 @@ def evaluate(
         out,
         protocol=protocol,
         metric=metric,
-        missing=missing,
+        class_map=api.load_class_map(class_map) if class_map else None,
+        analysis=Analysis(slice_, bootstrap, seed, bootstrap_by),
+        missing="partial" if partial else missing,
         options=_options(set_, engine),
         watch=_Terminal(),
     )
@@ -293,6 +310,43 @@ def import_(
     with _bad_runs_shown(json_):
         result = api.import_predictions(format, files, samples, out, limits=limits, options=options, watch=_Terminal())
     _show_run(result, json_, f"segbatch evaluate {out} {samples} METRICS")
+
+
+@app.command
+def compare(
+    first: str,
+    second: str,
+    *,
+    bootstrap: int = 1000,
+    bootstrap_by: Literal["group", "image"] = "group",
+    seed: int = 0,
+    unpaired: Annotated[bool, Parameter(negative=())] = False,
+    json_: Json = False,
+) -> None:
+    """Compare two evaluations: the difference of each figure with its 95 % interval.
+
+    Args:
+        first: Run root of an evaluation.
+        second: Run root of another one, by the same protocol.
+        bootstrap: Resamples for the intervals.
+        bootstrap_by: What is drawn: groups (videos, patients; images where there are none), or images.
+        seed: Of the bootstrap.
+        unpaired: The two have other images; each is drawn on its own.
+    """
+    from segbatch import api
+
+    found = api.compare(first, second, resamples=bootstrap, seed=seed, by=bootstrap_by, paired=not unpaired)
+    if json_:
+        _print_json([_figure_json(d) for d in found])
+        return
+    by_class = next((d.metric for d in found if d.class_name), "")
+    rows = []
+    for d in found:
+        if not d.class_name or d.metric == by_class:
+            better = "" if d.second_better is None else f"{d.second_better:.1%}"
+            values = [_number(v) for v in (d.first, d.second, d.difference)]
+            rows.append([d.metric, d.class_name, *values, _span(d), better])
+    _show_rows(["figure", "class", "first", "second", "difference", "95 % interval", "second better"], rows)
 
 
 @app.command
@@ -601,18 +655,44 @@ _CLASS_COLUMNS = 6
 
 def _show_figures(figures: Any, classes: bool = True) -> None:
     overall = [f for f in figures if not f.class_name and not f.slice]
-    _show_rows(["figure", "value"], [[f.metric, _number(f.value, f.metric)] for f in overall])
-    if not classes:
+    spans = any(f.ci_low is not None for f in overall)
+    rows = [[f.metric, _number(f.value, f.metric), *([_span(f)] if spans else [])] for f in overall]
+    _show_rows(["figure", "value", *(["95 % interval"] if spans else [])], rows)
+    _show_slices([f for f in figures if f.slice and not f.class_name])
+    if classes:
+        _show_classes([f for f in figures if f.class_name and not f.slice])
+
+
+def _show_slices(figures: Any) -> None:
+    """The first figures over all classes, slice by slice."""
+    if not figures:
         return
-    named = [f for f in figures if f.class_name and not f.slice]
-    found = list(dict.fromkeys(f.metric for f in named))
+    columns = list(dict.fromkeys(f.metric for f in figures))[:_CLASS_COLUMNS]
+    rows: dict[str, dict[str, str]] = {}
+    for f in figures:
+        cells = rows.setdefault(f.slice, {"support": "" if f.support is None else f"{f.support:,}"})
+        cells[f.metric] = _number(f.value)
+    _show_rows(
+        ["slice", "support", *columns],
+        [[name, *(c.get(k, "") for k in ("support", *columns))] for name, c in rows.items()],
+    )
+
+
+def _show_classes(figures: Any) -> None:
+    found = list(dict.fromkeys(f.metric for f in figures))
     columns = found[:_CLASS_COLUMNS]
     rows: dict[str, dict[str, str]] = {}
-    for figure in named:
-        rows.setdefault(figure.class_name, {})[figure.metric] = _number(figure.value)
-    _show_rows(["class", *columns], [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items()])
+    for f in figures:
+        cells = rows.setdefault(f.class_name, {"support": "" if f.support is None else f"{f.support:,}"})
+        cells[f.metric] = _number(f.value)
+    shown = [[name, *(cells.get(c, "") for c in ("support", *columns))] for name, cells in rows.items()]
+    _show_rows(["class", "support", *columns], shown)
     if len(found) > len(columns):
         print(f"{len(found) - len(columns)} more figures by class are in the summary table")
+
+
+def _span(figure: Any) -> str:
+    return "" if figure.ci_low is None else f"{figure.ci_low:.4f} - {figure.ci_high:.4f}"
 
 
 def _number(value: float | None, metric: str = "") -> str:

@@ -299,7 +299,14 @@ def _inputs(source: str, where: str) -> Iterator[PlanItem]:
     return list_images(source)
 
 
-def evaluate_job(masks: str, samples: str, out: str, protocol: str, options: Mapping[str, Any] | None = None) -> Job:
+def evaluate_job(
+    masks: str,
+    samples: str,
+    out: str,
+    protocol: str,
+    options: Mapping[str, Any] | None = None,
+    class_map: Mapping[str, str] | None = None,
+) -> Job:
     """The job of ``api.evaluate``; ``options`` as in ``MetricOptions``."""
     from segbatch.metrics import registry
     from segbatch.metrics.base import MetricOptions
@@ -310,16 +317,21 @@ def evaluate_job(masks: str, samples: str, out: str, protocol: str, options: Map
     name = protocol or registry.default_protocol(str(info["name"]), info.get("tasks", ()))
     chosen = MetricOptions.of(options or {})
     registry.make(name, tables.class_table(samples), chosen)
+    ids = stage.label_ids(masks, samples, class_map or {})
     config: dict[str, Any] = {"masks": masks, "samples": samples, "protocol": name}
     if chosen.chosen():
         config["options"] = chosen.chosen()
+    if class_map:
+        config["class_map"] = dict(class_map)
+    if ids:
+        config["label_ids"] = {str(theirs): ours for theirs, ours in ids.items()}
     return Job(
         verb="evaluate",
         table="state",
         out=storage.resolve(out),
         config=config,
         listing=lambda: stage.items(masks, samples),
-        task=stage.EvaluateTask(masks, samples, name, chosen),
+        task=stage.EvaluateTask(masks, samples, name, chosen, ids),
         info=lambda: info,
         unsplit=True,
     )
@@ -363,7 +375,7 @@ def job_of(out: str, model: "str | ModelSource" = "") -> Job:
         resplit = Resplit(c.get("split_by", ""), tuple(c.get("fractions", (0.8, 0.1, 0.1))))
         return ingest_job(c["dataset"], c["source"], run.root, c["splits"], c["by_reference"], resplit)
     if document["verb"] == "evaluate":
-        return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"], c.get("options"))
+        return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"], c.get("options"), c.get("class_map"))
     if document["verb"] == "import":
         return import_job(c["format"], c["files"], c["samples"], run.root)
     selection = Selection(c["where"], c["limit"])

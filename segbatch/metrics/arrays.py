@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from segbatch import schemas
 from segbatch.errors import SchemaError
-from segbatch.metrics.base import image_order
+from segbatch.metrics.base import Key, image_order
+from segbatch.records import Figure
 
 Array = NDArray[Any]
 
@@ -166,6 +167,42 @@ class ArrayMetric:
         }
         images = tuple(name for s in found for name in s.images)
         return Arrays(images, tuple(name for s in found for name in s.groups), values, sizes)
+
+
+    def resampled(self, units: Sequence[Arrays], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
+        """See ``base.Resamples``."""
+        return collected(len(times), (self.compute(_repeated(self, units, row)) for row in times))
+
+    def compute(self, total: Arrays) -> list[Figure]:
+        """The figures of the metric that derives from this."""
+        raise NotImplementedError
+
+
+def collected(resamples: int, results: Iterable[Sequence[Figure]]) -> dict[Key, NDArray[np.float64]]:
+    """Figures of every resample by figure; NaN where one is undefined."""
+    found: dict[Key, NDArray[np.float64]] = {}
+    for place, figures in enumerate(results):
+        for f in figures:
+            values = found.setdefault((f.metric, f.class_name), np.full(resamples, np.nan))
+            values[place] = np.nan if f.value is None else f.value
+    return found
+
+
+def _repeated(metric: ArrayMetric, units: Sequence[Arrays], times: NDArray[np.int64]) -> Arrays:
+    """The units, each so many times, in their order."""
+    drawn = [(units[i], int(times[i])) for i in np.flatnonzero(times).tolist()]
+    values, sizes = {}, {}
+    for name, f in metric.fields.items():
+        if f.merge == "add":
+            values[name] = sum((u.values[name] * n for u, n in drawn), f.empty())
+        elif f.merge == "append":
+            values[name] = np.concatenate([f.empty(), *(u.values[name] for u, n in drawn for _ in range(n))])
+            none = np.empty(0, np.int64)
+            sizes[name] = np.concatenate([none, *(u.sizes[name] for u, n in drawn for _ in range(n))])
+        else:
+            values[name] = f.empty()
+    images = tuple(name for u, n in drawn for _ in range(n) for name in u.images)
+    return Arrays(images, tuple(name for u, n in drawn for _ in range(n) for name in u.groups), values, sizes)
 
 
 def _lists(entries: Sequence[Array], mine: NDArray[np.bool_], dtype: type[Any]) -> pa.ListArray:

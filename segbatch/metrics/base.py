@@ -21,7 +21,7 @@ from segbatch.records import Figure
 
 S = TypeVar("S")
 State = TypeVar("State", covariant=True)
-State_contra = TypeVar("State_contra", contravariant=True)
+S_contra = TypeVar("S_contra", contravariant=True)
 
 _NUMBER = re.compile(r"-?[0-9]+", re.ASCII)
 
@@ -284,11 +284,32 @@ class FoldsGroups(Protocol[S]):
         ...
 
 
+Key = tuple[str, str]
+"""Metric and class name of a figure; the class is empty for a figure over all classes."""
+
+
 @runtime_checkable
-class HasDetails(Protocol[State_contra]):
+class Resamples(Protocol[S_contra]):
+    """A metric that knows a fast way to its figures for many resamples of the data."""
+
+    def resampled(self, units: Sequence[S_contra], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
+        """The figures of ``compute`` for every resample.
+
+        Args:
+            units: states of what is drawn: images, or groups of them merged.
+            times: how often each unit is drawn, int64 of shape (resamples, units).
+
+        Returns:
+            float64 of shape (resamples,) by figure; NaN where a figure is undefined.
+        """
+        ...
+
+
+@runtime_checkable
+class HasDetails(Protocol[S_contra]):
     """A metric that fills the ``details`` table."""
 
-    def details(self, total: State_contra) -> Iterable[Detail]:
+    def details(self, total: S_contra) -> Iterable[Detail]:
         """Rows, in an order that does not depend on how the states were merged."""
         ...
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from segbatch.errors import ConfigError, DataError
 from segbatch.metrics import registry
 from segbatch.metrics.base import DEFAULTS, FoldsGroups, Metric, MetricOptions, Row
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
-from segbatch.stages import join
+from segbatch.stages import join, relabel
 from segbatch.stages.evaluate_finish import Summary, finish
 from segbatch.stages.join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
 from segbatch.storage import ObjectInfo
@@ -38,11 +38,9 @@ def items(masks: str, samples: str) -> Iterator[PlanItem]:
     labels makes its state anew.
 
     Raises:
-        ConfigError: no such table, or masks whose label ids mean other classes than the samples'. Raised at once, not
-            on iteration.
+        ConfigError: no such table. Raised at once, not on iteration.
     """
     samples_folder, masks_folder = tables.find(samples, "samples"), tables.find(masks, "masks")
-    _check_same_classes(tables.root_of(masks, "masks"), tables.root_of(samples, "samples"))
     labels = _digest(tables.parts(samples_folder))
     return _items(tables.parts(masks_folder), labels)
 
@@ -59,28 +57,28 @@ def _digest(parts: Sequence[ObjectInfo]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _check_same_classes(masks_root: str, samples_root: str) -> None:
-    """Refuse masks whose label ids are another dataset's. Roots without a class table of their own pass."""
-    if not storage.exists(tables.service(masks_root, "dataset.json")):
-        return
-    truth = {c.label_id: c.name for c in tables.class_table(samples_root).scored}
-    for c in tables.class_table(masks_root).scored:
-        wanted = truth.get(c.label_id, c.name)
-        if wanted.casefold() != c.name.casefold():
-            raise ConfigError(
-                f"label {c.label_id} is {c.name!r} in the masks and {wanted!r} in the samples",
-                "predict with --classes so that the masks carry the dataset's label ids",
-            )
+def label_ids(masks_root: str, samples_root: str, class_map: Mapping[str, str]) -> dict[int, int]:
+    """See ``relabel.class_ids``; roots of masks without a class table use the samples' ids.
+
+    Raises:
+        ConfigError: see there; or a class map for masks without a class table.
+    """
+    if storage.exists(tables.service(masks_root, "dataset.json")):
+        return relabel.class_ids(tables.class_table(masks_root), tables.class_table(samples_root), class_map)
+    if class_map:
+        raise ConfigError(f"{masks_root} has no class table, so a class map says nothing", "leave it out")
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluateTask:
-    """Picklable recipe: compare masks with samples by a protocol."""
+    """Picklable recipe: compare masks with samples by a protocol; ``ids`` as in ``relabel.class_ids``."""
 
     masks_root: str
     samples_root: str
     protocol: str
     options: MetricOptions = DEFAULTS
+    ids: Mapping[int, int] = field(default_factory=dict)
 
     def open(self, threads: int, journal: runs.Journal) -> "EvaluateWorker":
         """See ``runs.Task``; counting is bound by reading, so ``threads`` is not needed.
@@ -114,6 +112,7 @@ class EvaluateWorker:
             (*_TRUTH, *self._metric.truth_columns),
             (*_PREDICTION, *self._metric.prediction_columns),
         )
+        self._ids = task.ids
         self._journal = journal
         self._lock = threading.Lock()
         self._rows_done = 0
@@ -140,15 +139,16 @@ class EvaluateWorker:
         """Count one sample of the shard, and write nothing."""
         for item in runs.items_of(shard):
             for masks, truth in self._join.matched(item):
-                for i, found in enumerate(masks.column("sample_id").to_pylist()):
-                    if found == sample_id:
-                        self._count(Row(masks, i), truth[i], {})
+                for i, name in enumerate(masks.column("sample_id").to_pylist()):
+                    if name == sample_id:
+                        self._count(Row(relabel.relabelled(masks, self._ids), i), truth[i], {})
 
     def _counted(self, shard: ShardRef, slot: str, skip: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
         """State rows of the shard; those of a group together, where the metric folds groups."""
         for item in runs.items_of(shard):
             waiting: list[_Counted] = []
-            for masks, truth in self._join.matched(item):
+            for found, truth in self._join.matched(item):
+                masks = relabel.relabelled(found, self._ids)
                 self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
                 rows = [self._row(Row(masks, i), row, skip) for i, row in enumerate(truth)]
                 with self._lock:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +25,13 @@ from segbatch.metrics.base import (
     Row,
 )
 from segbatch.records import OK, Figure
-from segbatch.stages import join
+from segbatch.stages import join, slices
 from segbatch.stages.join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
+from segbatch.stages.totals import Analysis, Totals
 
-Missing = Literal["error", "skip"]
+Missing = Literal["error", "skip", "partial"]
+"""Images without a good prediction: an error, left out, or left out as far as the run that predicts has yet to come to
+them."""
 
 MISSING = "missing"
 """Stands among the statuses for samples that no masks row was found for."""
@@ -43,9 +46,11 @@ _SHOWN = 3
 _IMAGE_COLUMNS = ("sample_id", "group_id", "split", "image_uri", "attributes", "status", "error")
 _TRUTH = ("sample_id", "group_id", "split", "image_uri", "attributes", "height", "width")
 _TRUTH_ROWS = 256
-_EMPTY_PART = f"{tables.PREFIX}empty{tables.SUFFIX}"
 
-S = TypeVar("S")
+Batches = Iterator[tuple[pa.RecordBatch, list[Any]]]
+"""Rows with the columns that ``images`` has in common with the state table, and their states."""
+
+_EMPTY_PART = f"{tables.PREFIX}empty{tables.SUFFIX}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ def finish(
     missing: Missing = "error",
     splits: Sequence[str] = (),
     options: MetricOptions = DEFAULTS,
+    analysis: Analysis | None = None,
 ) -> Summary:
     """Merge all state parts and write ``images``, ``confusion``, ``details`` and ``summary``, in this order.
 
@@ -88,14 +94,17 @@ def finish(
         out_root: the evaluation's run root.
         masks, samples: roots or table folders, for messages and classes.
         protocol: as it was evaluated.
-        missing: whether a sample without a usable prediction is an error, or left out and counted.
+        missing: whether a sample without a usable prediction is an error, or left out and counted; ``partial`` leaves
+            out samples without a masks row only.
         splits: which splits count; empty: those that the masks cover.
         options: as it was evaluated.
+        analysis: slices and intervals.
 
     Raises:
         IncompleteRunError: samples without prediction, or with several; or nothing could be scored.
-        ConfigError: a split that the samples lack.
+        ConfigError: a split that the samples lack, or a slice that is no expression over samples.
     """
+    analysis = analysis or Analysis()
     root = storage.resolve(out_root)
     info = tables.dataset_info(tables.root_of(samples, "samples"))
     metric = registry.make(protocol, tables.class_table(tables.root_of(samples, "samples")), options)
@@ -104,16 +113,18 @@ def finish(
         census.add(batch)
     chosen = census.choose(splits)
     images = census.count(chosen)
-    empty = _Empty(metric, census, chosen) if isinstance(metric, CountsMissing) and missing == "error" else None
+    empty = Empty(metric, census, chosen) if isinstance(metric, CountsMissing) and missing == "error" else None
     if empty is not None:
         images[COUNTED_EMPTY] = images.pop(MISSING)
     _check(census, chosen, images, masks, missing)
-    total = _write_images(root, metric, set(chosen), empty)
+    totals = Totals(metric, slices.slicings(samples, analysis.slices), analysis.by if analysis.resamples else None)
+    _write_images(root, metric, chosen, empty, totals)
+    total = totals.whole.total()
     if empty is not None and empty.unlabelled:
         images[COUNTED_EMPTY] -= empty.unlabelled
         images[NO_LABEL] = images.get(NO_LABEL, 0) + empty.unlabelled
     summary = Summary(
-        str(info.get("name", "")), protocol, chosen, (*metric.compute(total), *_image_figures(images)), images
+        str(info.get("name", "")), protocol, chosen, (*totals.figures(total, analysis), *_image_figures(images)), images
     )
     _write_confusion(root, metric.confusion(total))
     _write_details(root, metric.details(total) if isinstance(metric, HasDetails) else ())
@@ -187,8 +198,9 @@ class Census:
 
 def _check(census: Census, chosen: Sequence[str], images: dict[str, int], masks: str, missing: Missing) -> None:
     """Refuse to print a figure over fewer images than the user believes."""
-    bad = {status: n for status, n in images.items() if n and status not in _HARMLESS}
-    if bad and missing == "error":
+    harmless = (*_HARMLESS, MISSING) if missing == "partial" else _HARMLESS
+    bad = {status: n for status, n in images.items() if n and status not in harmless}
+    if bad and missing != "skip":
         words = ", ".join(f"{n} {status}" for status, n in bad.items())
         shown = ", ".join(census.examples(chosen, (_ABSENT, _FAILED) if MISSING in images else (_FAILED,)))
         total = int(census.inside(chosen).sum())
@@ -204,34 +216,13 @@ def _remedy(bad: dict[str, int], masks: str) -> str:
     steps = [f"run `segbatch retry {masks} --failed` and evaluate again"] if failed else []
     if bad.get(MISSING):
         steps.append("run the predict command again over all samples")
+        steps.append("evaluate what is there so far with `--partial`")
     if set(bad) - {*failed, MISSING}:
         steps.append("predict again on the photos that were ingested")
     return " or ".join([*steps, "leave them out with `--missing skip`"])
 
 
-class _Tally(Generic[S]):
-    """Adds up states: those of about equally many images with each other, so that each is copied only log(n) times."""
-
-    def __init__(self, metric: Metric[S]) -> None:
-        self._metric = metric
-        self._levels: list[S | None] = []
-
-    def add(self, states: Iterable[S]) -> None:
-        """Add the states of a batch."""
-        carried = self._metric.merge(states)
-        for level, waiting in enumerate(self._levels):
-            if waiting is None:
-                self._levels[level] = carried
-                return
-            carried, self._levels[level] = self._metric.merge([waiting, carried]), None
-        self._levels.append(carried)
-
-    def total(self) -> S:
-        """The sum."""
-        return self._metric.merge(s for s in self._levels if s is not None)
-
-
-class _Empty:
+class Empty:
     """Samples without a masks row, which count as images where nothing was found.
 
     Attributes:
@@ -244,7 +235,7 @@ class _Empty:
         self.samples = len(self._positions)
         self.unlabelled = 0
 
-    def batches(self) -> Iterator[tuple[pa.RecordBatch, list[Any]]]:
+    def batches(self) -> Batches:
         """Rows with the columns that ``images`` has in common with the state table, and their states."""
         assert isinstance(self._metric, CountsMissing)
         for start in range(0, len(self._positions), _TRUTH_ROWS):
@@ -267,31 +258,33 @@ def _has_label(row: Row, metric: Metric[Any]) -> bool:
     return found
 
 
-def _write_images(root: str, metric: Metric[Any], chosen: set[str], empty: _Empty | None) -> Any:
-    """One ``images`` part per state part, and one of the ``empty`` samples, as a stream; returns the merged state."""
-    tally = _Tally(metric)
+def _write_images(
+    root: str, metric: Metric[Any], chosen: Sequence[str], empty: Empty | None, totals: Totals[Any]
+) -> None:
+    """One ``images`` part per state part, and one of the ``empty`` samples, as a stream; all states into ``totals``."""
     written = set()
-
-    def write(name: str, batches: Iterable[tuple[pa.RecordBatch, list[Any]]]) -> None:
+    for name, batches in walk(root, metric, chosen, empty):
         writer = tables.PartWriter("images")
         for batch, states in batches:
-            tally.add(s for s in states if s is not None)
+            totals.add(batch, states)
             writer.write(_image_rows(batch, metric, states))
         uri = storage.join(root, "images", name)
         storage.replace(uri, writer.finish({}))
         written.add(uri)
-
-    for part in tables.parts(tables.find(root, "state")):
-        write(storage.name_of(part.uri), _states(part.uri, metric, chosen))
-    if empty is not None and empty.samples:
-        write(_EMPTY_PART, empty.batches())
     for stale in tables.parts(storage.join(root, "images")):
         if stale.uri not in written:
             storage.delete(stale.uri)
-    return tally.total()
 
 
-def _states(uri: str, metric: Metric[Any], chosen: set[str]) -> Iterator[tuple[pa.RecordBatch, list[Any]]]:
+def walk(root: str, metric: Metric[Any], chosen: Sequence[str], empty: Empty | None) -> Iterator[tuple[str, Batches]]:
+    """All states of the chosen splits: the name of each part with its batches, those of ``empty`` at last."""
+    for part in tables.parts(tables.find(root, "state")):
+        yield storage.name_of(part.uri), _states(part.uri, metric, set(chosen))
+    if empty is not None and empty.samples:
+        yield _EMPTY_PART, empty.batches()
+
+
+def _states(uri: str, metric: Metric[Any], chosen: set[str]) -> Batches:
     """The rows of a state part that belong to the chosen splits, and their states."""
     for batch in tables.batches(uri, "state", (*_IMAGE_COLUMNS, *metric.state_columns)):
         kept = batch.filter(pa.array(_inside(batch, chosen), pa.bool_()))
@@ -337,6 +330,8 @@ def _image_figures(images: dict[str, int]) -> list[Figure]:
         "images_without_label": images.get(NO_LABEL, 0),
         "images_unknown": images.get(UNKNOWN_SAMPLE, 0),
     }
+    if images.get(MISSING):
+        others["images_missing"] = images[MISSING]
     if COUNTED_EMPTY in images:
         others["images_counted_empty"] = images[COUNTED_EMPTY]
     return [Figure(name, float(n)) for name, n in others.items()]

@@ -294,8 +294,8 @@ def test_masks_of_other_classes_are_refused(tmp_path: Path) -> None:
     write_part(tmp_path / "masks", "masks", 0, random_items(3, 0))
     other = ClassTable((ClassInfo(0, "CLASS0"), ClassInfo(1, "aeroplane")))
     tables.write_dataset_info(str(tmp_path / "masks"), {"name": "model", "classes": other.to_json()})
-    with pytest.raises(ConfigError, match="label 1 is 'aeroplane' in the masks and 'class1' in the samples"):
-        evaluate.items(str(tmp_path / "masks"), str(tmp_path / "samples"))
+    with pytest.raises(ConfigError, match="label 1 is 'aeroplane' in the masks, and 'class1' in the samples"):
+        evaluate.label_ids(str(tmp_path / "masks"), str(tmp_path / "samples"), {})
 
 
 def test_changed_masks_or_labels_are_counted_anew(tmp_path: Path) -> None:
