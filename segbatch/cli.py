@@ -58,6 +58,7 @@ class _Views:
         top_k: Keep at most so many detections an image.
         mask_threshold: Probability above which a pixel belongs to an object.
         stuff_area: Panoptic: smaller stuff segments become void.
+        confidence: Write the probability of every pixel of a label map, too (about ten times the size).
     """
 
     tile: int = 0
@@ -69,6 +70,7 @@ class _Views:
     top_k: int | None = None
     mask_threshold: float | None = None
     stuff_area: int | None = None
+    confidence: Annotated[bool, Parameter(negative=())] = False
 
     def options(self) -> "InferenceOptions":
         """As the API takes them."""

@@ -291,6 +291,7 @@ class Prediction:
         instances, panoptic, segments: likewise.
         label_maps: further label maps by name (BDD100K's lane directions), uint8 or uint16 of shape (height, width).
         class_confidence: mean probability of the winning class, by label id; None when the model gives none.
+        confidence: probability of the winning class at every pixel times 255, uint8; None where it was not asked for.
     """
 
     semantic: NDArray[np.uint16] | None = None
@@ -299,6 +300,7 @@ class Prediction:
     segments: tuple[Segment, ...] | None = None
     class_confidence: Mapping[int, float] | None = None
     label_maps: Mapping[str, NDArray[np.uint8] | NDArray[np.uint16]] = field(default_factory=dict)
+    confidence: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,10 @@ class ViewsSource:
 
     def _spec(self, specs: Sequence[ModelSpec]) -> ModelSpec:
         first = specs[0]
+        if self.options.confidence and first.task != "semantic":
+            raise ConfigError(
+                f"model {first.name} gives {first.task} masks, no probability of a pixel", "leave --confidence out"
+            )
         digest = digest_of([*(s.digest for s in specs), self.options.model_dump(mode="json")])
         for spec in specs:
             orders_of(spec, first)
@@ -89,7 +93,11 @@ class ChosenSource:
         return _Chosen(loaded, self._spec(loaded.spec))
 
     def _spec(self, spec: ModelSpec) -> ModelSpec:
-        if spec.output not in ("detections", "panoptic"):
+        if self.options.confidence and spec.output not in ("logits", "probabilities"):
+            raise ConfigError(
+                f"model {spec.name} gives {spec.output}, no probability of a pixel", "leave --confidence out"
+            )
+        if self.options.limits and spec.output not in ("detections", "panoptic"):
             raise ConfigError(
                 f"model {spec.name} gives {spec.output}: no score, suppression or area limit applies to it",
                 "leave --min-score, --nms, --top-k, --mask-threshold and --stuff-area out; hf: takes its own behind "
@@ -156,7 +164,7 @@ def source(reference: str, classes_uri: str = "", options: InferenceOptions | No
     members = tuple(registry.source(r, classes_uri) for r in _NEXT_MODEL.split(reference))
     if len(members) > 1 or options.several_views:
         return ViewsSource(members, options)
-    if options.limits:
+    if options.limits or options.confidence:
         return ChosenSource(members[0], options)
     return members[0]
 

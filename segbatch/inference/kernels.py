@@ -26,6 +26,7 @@ def upsample_argmax(
     classes: NDArray[np.uint16],
     sums: NDArray[np.float64],
     pixels: NDArray[np.int64],
+    certainty: NDArray[np.uint8],
 ) -> bool:
     """Bilinear interpolation of scores at each output pixel, its winning class and that class's probability.
 
@@ -36,6 +37,7 @@ def upsample_argmax(
         classes: (height, width), filled with the winning channel, the first of equals.
         sums: (channels,), added to: probability of the pixels that the channel won.
         pixels: (channels,), added to: how many those are.
+        certainty: (height, width), filled with that probability in steps of 1/255; or empty, and left so.
 
     Returns:
         False when some pixel has no winner, because its scores are not numbers.
@@ -71,6 +73,8 @@ def upsample_argmax(
             classes[y, x] = winner
             sums[winner] += share
             pixels[winner] += 1
+            if certainty.size:
+                certainty[y, x] = int(255 * share + 0.5)
     return True
 
 
@@ -126,8 +130,9 @@ def winners(
     classes: NDArray[np.uint16],
     sums: NDArray[np.float64],
     pixels: NDArray[np.int64],
+    certainty: NDArray[np.uint8],
 ) -> None:
-    """The best class of each pixel of a canvas of probabilities; ``classes``, ``sums``, ``pixels`` as above."""
+    """The best class of each pixel of a canvas of probabilities; the other arguments as above."""
     height, width, channels = canvas.shape
     for y in range(height):
         for x in range(width):
@@ -139,6 +144,8 @@ def winners(
             classes[y, x] = winner
             sums[winner] += best / total
             pixels[winner] += 1
+            if certainty.size:
+                certainty[y, x] = int(255 * (best / total) + 0.5)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -22,6 +22,7 @@ class InferenceOptions(Config):
         scales: sizes that the photo is fed in, relative to what the model wants; the results are averaged.
         flip: the photo is fed mirrored as well.
         min_score, nms_iou, top_k, mask_threshold, stuff_area: see ``Choice``; None leaves the model's own.
+        confidence: keep the probability of the winning class at every pixel of a label map, in steps of 1/255.
     """
 
     tile: int = Field(default=0, ge=0)
@@ -33,6 +34,7 @@ class InferenceOptions(Config):
     top_k: int | None = Field(default=None, ge=1)
     mask_threshold: float | None = Field(default=None, ge=0, le=1)
     stuff_area: int | None = Field(default=None, ge=0)
+    confidence: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -61,4 +63,4 @@ class InferenceOptions(Config):
 
     def choice(self, own: Choice) -> Choice:
         """The model's own choice with what the user said in its place."""
-        return dataclasses.replace(own, **self.limits)
+        return dataclasses.replace(own, **self.limits, confidence=self.confidence)

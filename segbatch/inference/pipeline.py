@@ -164,8 +164,8 @@ class Predictor:
         if output == "panoptic":
             index_map, segments = self._panoptic(raw.output, at)
             return Prediction(panoptic=index_map, segments=segments)
-        classes, means = self._winners(self.scores(raw), at, output == "logits")
-        return Prediction(semantic=self.named(classes), class_confidence=self.by_label_id(means))
+        classes, means, certainty = self._winners(self.scores(raw), at, output == "logits")
+        return Prediction(semantic=self.named(classes), class_confidence=self.by_label_id(means), confidence=certainty)
 
     def detections(self, found: Detections, at: Geometry) -> Detections:
         """The detections that count, the best first, with boxes in pixels of the photo."""
@@ -182,7 +182,7 @@ class Predictor:
         kept = self.detections(parts.detections, at)
         runs = paste(kept, at.height, at.width, self.spec.choice.mask_threshold)
         scores = np.ascontiguousarray(np.moveaxis(parts.logits, 0, -1), np.float32)
-        semantic, _ = self._winners(scores, at, soft=True)
+        semantic, _, _ = self._winners(scores, at, soft=True)
         things = list(zip(kept.classes.tolist(), runs, strict=True))
         return merge(things, semantic, self.spec.classes, self.spec.choice)
 
@@ -219,16 +219,18 @@ class Predictor:
 
     def _winners(
         self, scores: NDArray[np.float32], at: Geometry, soft: bool
-    ) -> tuple[NDArray[np.uint16], dict[int, float]]:
-        """The winning channel of each pixel of the photo, and its mean probability by channel."""
+    ) -> tuple[NDArray[np.uint16], dict[int, float], NDArray[np.uint8] | None]:
+        """The winning channel of each pixel of the photo, its mean probability by channel, and by pixel if wanted."""
         from segbatch.inference.kernels import upsample_argmax
 
         rows, columns, channels = scores.shape
         classes = np.empty((at.height, at.width), np.uint16)
         sums, pixels = np.zeros(channels), np.zeros(channels, np.int64)
-        if not upsample_argmax(scores, *self.grids(at, rows, columns), soft, classes, sums, pixels):
+        certainty = np.empty(classes.shape if self.spec.choice.confidence else (0, 0), np.uint8)
+        if not upsample_argmax(scores, *self.grids(at, rows, columns), soft, classes, sums, pixels, certainty):
             raise not_a_number()
-        return classes, {int(k): float(sums[k] / pixels[k]) for k in np.flatnonzero(pixels)}
+        means = {int(k): float(sums[k] / pixels[k]) for k in np.flatnonzero(pixels)}
+        return classes, means, certainty if self.spec.choice.confidence else None
 
     def by_label_id(self, means: Mapping[int, float]) -> dict[int, float]:
         """Figures by class index as figures by label id."""

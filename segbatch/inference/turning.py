@@ -19,14 +19,16 @@ def turn_back(prediction: Prediction, orientation: int, height: int, width: int)
     if orientation == 1:
         return prediction
     upright = (width, height) if orientation >= 5 else (height, width)
-    semantic, panoptic = (
-        m if m is None else photo.stored(m, orientation) for m in (prediction.semantic, prediction.panoptic)
+    semantic, panoptic, confidence = (
+        m if m is None else photo.stored(m, orientation)
+        for m in (prediction.semantic, prediction.panoptic, prediction.confidence)
     )
     instances, segments = prediction.instances, prediction.segments
     return replace(
         prediction,
         semantic=semantic,
         panoptic=panoptic,
+        confidence=confidence,
         instances=instances and tuple(_instance(i, orientation, upright) for i in instances),
         segments=segments and tuple(_segment(s, orientation, upright) for s in segments),
     )

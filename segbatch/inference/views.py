@@ -79,18 +79,25 @@ class ViewsSegmenter:
         channels = len(self.spec.classes.classes)
         classes = np.empty(rgb.shape[:2], np.uint16)
         sums, pixels = np.zeros(channels), np.zeros(channels, np.int64)
+        wanted = self._choice.confidence
+        confidence = np.empty(rgb.shape[:2] if wanted else (0, 0), np.uint8)
 
         def done(top: int, left: int, part: NDArray[np.float32]) -> None:
             best = np.empty(part.shape[:2], np.uint16)
-            winners(np.ascontiguousarray(part), best, sums, pixels)
-            classes[top : top + part.shape[0], left : left + part.shape[1]] = self._predictors[0].named(best)
+            here = np.empty(best.shape if wanted else (0, 0), np.uint8)
+            winners(np.ascontiguousarray(part), best, sums, pixels, here)
+            place = slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
+            classes[place] = self._predictors[0].named(best)
+            if wanted:
+                confidence[place] = here
 
         def tile(row: Span, column: Span) -> NDArray[np.float32]:
             return self._probabilities(np.ascontiguousarray(rgb[row.start : row.stop, column.start : column.stop]))
 
         tiles.blend(*self._tiles(rgb), tile, done)
         means = {int(k): float(sums[k] / pixels[k]) for k in np.flatnonzero(pixels)}
-        return Prediction(semantic=classes, class_confidence=self._predictors[0].by_label_id(means))
+        by_label = self._predictors[0].by_label_id(means)
+        return Prediction(semantic=classes, class_confidence=by_label, confidence=confidence if wanted else None)
 
     def _probabilities(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Mean class probabilities (height, width, channels) of all views of a photo or tile."""

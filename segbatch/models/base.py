@@ -53,7 +53,7 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which of the detections count, and how they become masks.
+    """Which of the detections count, how they become masks, and what is kept of a label map beside it.
 
     Attributes:
         min_score: detections below are dropped, 0..1.
@@ -63,6 +63,7 @@ class Choice:
         mask_threshold: a pixel belongs to the object where its probability is above this.
         overlap: panoptic: an instance that better ones cover by more than this fraction is dropped.
         stuff_area: panoptic: stuff segments of fewer pixels are void.
+        confidence: semantic: keep the probability of the winning class at every pixel.
     """
 
     min_score: float = 0.05
@@ -71,6 +72,7 @@ class Choice:
     mask_threshold: float = 0.5
     overlap: float = 0.5
     stuff_area: int = 4096
+    confidence: bool = False
 
 
 Output = Literal["logits", "probabilities", "labels", "detections", "panoptic", "own"]

@@ -31,6 +31,8 @@ class MaskRow:
     class_confidence: Mapping[int, float] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     label_maps: Mapping[str, Runs] = field(default_factory=dict)
+    confidence: bytes | None = None
+    """Of label maps, as a grey PNG of the image's size: probability times 255."""
 
 
 def masks_batch(rows: Sequence[MaskRow], digest: str) -> pa.RecordBatch:
@@ -49,6 +51,9 @@ def masks_batch(rows: Sequence[MaskRow], digest: str) -> pa.RecordBatch:
         "instances": [instance_cells(r.instances) for r in rows],
         "panoptic": columns.panoptic_array([r.panoptic for r in rows]),
         "segments": [segment_cells(r.segments) for r in rows],
+        "confidence": [
+            None if r.confidence is None else {"height": r.height, "width": r.width, "png": r.confidence} for r in rows
+        ],
         "class_confidence": [_confidence(r.class_confidence) for r in rows],
         "model_digest": [digest] * len(rows),
         **{f"seconds_{s}": [r.seconds.get(s) for r in rows] for s in ("decode", "model", "encode")},

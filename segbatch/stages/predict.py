@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from segbatch import schemas, storage, tables
-from segbatch.codecs import runlength
+from segbatch.codecs import png, runlength
 from segbatch.codecs.runlength import Runs
 from segbatch.errors import ConfigError, DataError, ObjectMissing, StorageError
 from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
@@ -59,6 +59,7 @@ class _Row:
     prediction: Prediction | None = None
     semantic: Runs | None = None
     panoptic: Runs | None = None
+    confidence: bytes | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def fail(self, status: str, error: str) -> None:
@@ -269,7 +270,9 @@ class PredictWorker:
         try:
             row.prediction = _stored(self._predictor.finish(raw), row)
             row.semantic, row.panoptic = (_runs(m) for m in (row.prediction.semantic, row.prediction.panoptic))
-            row.prediction = replace(row.prediction, semantic=None, panoptic=None)
+            if row.prediction.confidence is not None:
+                row.confidence = png.encode_grey(row.prediction.confidence, 8)
+            row.prediction = replace(row.prediction, semantic=None, panoptic=None, confidence=None)
         except DataError as error:
             row.fail(error.code, str(error))
         row.raw = None
@@ -415,5 +418,6 @@ def _mask_row(row: _Row) -> MaskRow:
         panoptic=row.panoptic,
         segments=found.segments,
         class_confidence=found.class_confidence,
+        confidence=row.confidence,
         seconds=row.seconds,
     )

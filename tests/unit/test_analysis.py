@@ -49,7 +49,7 @@ def write(root: Path, table: str, found: list[Map], classes: ClassTable, first: 
             "iscrowd": False,
             "counts": b"",
         }
-        row = {
+        row: dict[str, Any] = {
             "sample_id": f"s{i}",
             "group_id": f"g{i // 3}",
             "image_uri": "",

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from segbatch.codecs import rle
-from segbatch.config import parse
+from segbatch import api, tables
+from segbatch.codecs import columns, png, rle, runlength
+from segbatch.config import RunOptions, parse
 from segbatch.errors import ConfigError
 from segbatch.inference import compose, tiles
 from segbatch.inference.options import InferenceOptions
@@ -342,6 +343,58 @@ def test_a_cascade_of_semantic_models_labels_what_the_first_finds() -> None:
     label_map = semantic(Predictor(source.load(1), 1).predict(rgb))
     wanted = np.where((rgb[..., 2] > 128) & (rgb[..., 0] > 128), 900, 3)
     np.testing.assert_array_equal(label_map, wanted)
+
+
+# -- confidence ----------------------------------------------------------------------------------------------------
+
+
+def steps(mean: NDArray[Any]) -> NDArray[Any]:
+    """Probabilities of the winners, times 255."""
+    return 255 * mean.max(0)
+
+
+def test_confidence_of_a_network_of_an_ensemble_and_of_tiles() -> None:
+    rgb = photo(6, 90, 140)
+    plain = compose.ChosenSource(Given(Function(colours)), InferenceOptions(confidence=True))
+    one = Predictor(plain.load(1), 1).predict(rgb)
+    both = viewed(Function(colours), Function(lopsided), confidence=True).predict(rgb)
+    tiled = viewed(Function(colours), confidence=True, tile=64, overlap=16).predict(rgb)
+    mean = (probabilities(rgb, colours) + probabilities(rgb, lopsided)) / 2
+    for found, wanted in ((one, probabilities(rgb, colours)), (both, mean), (tiled, probabilities(rgb, colours))):
+        assert found.confidence is not None and found.confidence.dtype == np.uint8
+        assert np.abs(found.confidence - steps(wanted)).max() <= 0.51
+    assert viewed(Function(colours), Function(lopsided)).predict(rgb).confidence is None
+
+
+def test_confidence_is_refused_where_there_is_none() -> None:
+    boxes = compose.ChosenSource(
+        Given(Function(squares, output="detections", task="instance")), InferenceOptions(confidence=True)
+    )
+    with pytest.raises(ConfigError, match="gives detections, no probability of a pixel"):
+        boxes.describe()
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_confidence_lies_in_the_masks_table_on_the_stored_grid(tmp_path: Path, orientation: int) -> None:
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(8, 20, 30)).save(tmp_path / "in" / "a.png", exif=exif)
+    options = RunOptions.model_validate({"engine": {"kind": "inline"}})
+    asked = InferenceOptions(confidence=True)
+    reference, out = trained(tmp_path, "net"), tmp_path / "out"
+    api.predict(reference, str(tmp_path / "in"), str(out), inference=asked, options=options)
+    (batch,) = tables.scan(str(out), "masks")
+    (row,) = batch.to_pylist()
+    cell, runs = row["confidence"], columns.runs_at(batch.column("semantic"), 0)
+    kept = png.decode_labels(cell["png"])
+    assert kept is not None and runs is not None
+    assert (cell["height"], cell["width"]) == kept.shape == (20, 30)
+    label_map = runlength.decode(runs, (20, 30))
+    for entry in row["class_confidence"]:
+        assert kept[label_map == entry["value"]].mean() / 255 == pytest.approx(entry["mean"], abs=1 / 255)
 
 
 # -- references ----------------------------------------------------------------------------------------------------
