@@ -57,6 +57,9 @@ _PER_CLASS = {
 }
 """Figures by class that the page shows, and the heads of their columns."""
 
+_MOST_CARDS = 8
+_SLICE_FIGURES = 6
+
 _UNITS = {"instances": "objects", "panoptic": "segments"}
 _SCORES = {
     "semantic": "the mean IoU over the classes that it shows or predicts",
@@ -67,12 +70,16 @@ _SCORES = {
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A figure at the top of the page: value 0..1 (None: undefined), or a count."""
+    """A figure at the top of the page: value 0..1 (None: undefined), or a count.
+
+    ``plain`` says that the value is no share; ``interval`` is its 95 % interval.
+    """
 
     title: str
     value: float | None = None
     count: int | None = None
-    note: str = ""
+    plain: bool = False
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,17 @@ class Further:
     name: str
     value: float | None
     support: int | None
+    plain: bool = False
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRow:
+    """A part of the data: ``values`` by figure."""
+
+    name: str
+    support: int | None
+    values: dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +197,7 @@ def render(root: str, worst: int = 20) -> str:
         raise ConfigError(f"{root} has no summary: its evaluation has not finished", "run segbatch evaluate again")
     summary = [row for batch in tables.scan(root, "summary") for row in batch.to_pylist()]
     classes, task = cases.classes_of(root), cases.task_of(sources.protocol)
-    heads = _heads(summary)
+    heads, plain = _heads(summary), _plain(sources.protocol)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("segbatch", "report"),
         autoescape=True,
@@ -192,8 +210,10 @@ def render(root: str, worst: int = 20) -> str:
         dataset=summary[0]["dataset"] if summary else "",
         split=summary[0]["split"] if summary else "",
         protocol=sources.protocol,
-        cards=_cards(summary),
-        further=_further(summary),
+        cards=_cards(summary, plain),
+        further=_further(summary, plain),
+        slices=_slices(summary),
+        plain=plain,
         facts=_facts(root, sources),
         config=_model_config(sources.masks),
         class_rows=_class_rows(summary, classes, next(iter(heads), "")),
@@ -230,29 +250,58 @@ def _whole(summary: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {row["metric"]: row for row in summary if not row["class"] and not row["slice"]}
 
 
-def _cards(summary: Sequence[dict[str, Any]]) -> list[Card]:
-    """The figures known here; all where there is none of them."""
+def _plain(protocol: str) -> frozenset[str]:
+    """Names of figures that are no shares."""
+    from segbatch.metrics import registry
+
+    found = getattr(registry.metric(protocol), "unbounded", ()) if protocol in registry.names() else ()
+    return frozenset(found)
+
+
+def _at_the_top(summary: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Titles of the figures that stand on cards: those known here; the first ones where there is none of them."""
     whole = _whole(summary)
-    cards = [Card(title, whole[name]["value"]) for name, title in _CARDS if name in whole]
-    if not cards:
-        cards = [Card(name, row["value"]) for name, row in whole.items() if not name.startswith("images_")]
+    known = {name: title for name, title in _CARDS if name in whole}
+    return known or {n: n for n in [n for n in whole if not n.startswith("images_")][:_MOST_CARDS]}
+
+
+def _interval(row: dict[str, Any]) -> tuple[float, float] | None:
+    return None if row["ci_low"] is None else (row["ci_low"], row["ci_high"])
+
+
+def _cards(summary: Sequence[dict[str, Any]], plain: frozenset[str]) -> list[Card]:
+    whole = _whole(summary)
+    cards = [
+        Card(title, whole[name]["value"], plain=name in plain, interval=_interval(whole[name]))
+        for name, title in _at_the_top(summary).items()
+    ]
     for name, title in (
         ("images_scored", "images scored"),
         ("images_skipped", "images left out"),
+        ("images_missing", "images without prediction so far"),
         ("images_counted_empty", "images without prediction, counted as empty"),
     ):
-        if name in whole and (whole[name]["value"] or name != "images_counted_empty"):
+        if name in whole and (whole[name]["value"] or name in ("images_scored", "images_skipped")):
             cards.append(Card(title, count=int(whole[name]["value"] or 0)))
     return cards
 
 
-def _further(summary: Sequence[dict[str, Any]]) -> list[Further]:
+def _further(summary: Sequence[dict[str, Any]], plain: frozenset[str]) -> list[Further]:
     """What stands on no card."""
-    whole, known = _whole(summary), {name for name, _ in _CARDS}
-    if known.isdisjoint(whole):
-        return []
-    others = {n: row for n, row in whole.items() if n not in known and not n.startswith("images_")}
-    return [Further(name, row["value"], row["support"]) for name, row in others.items()]
+    known = _at_the_top(summary)
+    others = {n: row for n, row in _whole(summary).items() if n not in known and not n.startswith("images_")}
+    return [Further(n, row["value"], row["support"], n in plain, _interval(row)) for n, row in others.items()]
+
+
+def _slices(summary: Sequence[dict[str, Any]]) -> tuple[dict[str, str], list[SliceRow]]:
+    """Heads of the columns by figure, and the parts of the data in the order of the summary."""
+    heads = dict(list(_at_the_top(summary).items())[:_SLICE_FIGURES])
+    found: dict[str, SliceRow] = {}
+    for row in summary:
+        if row["slice"] and not row["class"]:
+            part = found.setdefault(row["slice"], SliceRow(row["slice"], row["support"], {}))
+            part.values[row["metric"]] = row["value"]
+    return heads, list(found.values())
 
 
 def _heads(summary: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -265,6 +314,7 @@ def _facts(root: str, sources: cases.Sources) -> list[tuple[str, str]]:
     """What was evaluated: (name, value) by line."""
     from segbatch.metrics import registry
 
+    settings = {k: v for k, v in cases.document_of(root)["config"].items() if k in ("options", "class_map")}
     document, model = cases.document_of(root), cases.document_of(sources.masks).get("config", {})
     known = registry.metric(sources.protocol) if sources.protocol in registry.names() else None
     facts = [
@@ -273,6 +323,7 @@ def _facts(root: str, sources: cases.Sources) -> list[tuple[str, str]]:
         ("Masks", sources.masks),
         ("Samples", sources.samples),
         ("Protocol", sources.protocol),
+        ("Settings", ", ".join(f"{k} = {v}" for k, v in _flat(settings, ""))),
         ("Defined by", str(getattr(known, "source", ""))),
         ("Evaluation begun", str(document.get("created", ""))),
         ("Evaluated by", f"segbatch {document['segbatch']}" if "segbatch" in document else ""),

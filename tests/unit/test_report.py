@@ -17,6 +17,8 @@ from segbatch.records import ClassInfo, ClassTable
 from segbatch.report import overlay, page, sources_of, worst, write_report
 from segbatch.report import worst_images as worst_of
 from segbatch.runs import Run
+from segbatch.stages import evaluate
+from segbatch.stages.totals import Analysis
 
 
 class Reader(HTMLParser):
@@ -197,3 +199,15 @@ def test_other_roots_are_refused(tmp_path: Path) -> None:
         write_report(str(tmp_path / "m"), str(tmp_path / "r.html"))
     assert sources_of(str(tmp_path / "m")) == worst.Sources("/m", "/s", "semantic")
     assert json.loads((tmp_path / "m/.segbatch/config.json").read_text())["verb"] == "evaluate"
+
+
+def test_slices_and_intervals_are_shown(tmp_path: Path) -> None:
+    out = evaluated(tmp_path, shots_of(6))
+    analysis = Analysis(("'<b>' || (sample_id < 's03')",), 50, 0, "image")
+    evaluate.finish(str(out), str(tmp_path / "masks"), str(tmp_path / "samples"), "semantic", analysis=analysis)
+    html = page.render(str(out), 0)
+    assert "&lt;b&gt;true</th>" in html and "<b>true" not in html
+    summary = [r for b in tables.scan(str(out), "summary") for r in b.to_pylist()]
+    miou = next(r for r in summary if (r["metric"], r["class"], r["slice"]) == ("miou", "", ""))
+    assert f"{100 * miou['ci_low']:.2f}</span> – " in html
+    assert {r["slice"] for r in summary} == {"", *(f"{analysis.slices[0]}=<b>{v}" for v in ("true", "false"))}
