@@ -258,7 +258,16 @@ class _Detecting(_Network):
     output: Output = "detections"
 
     def input_spec(self, config: MaskRCNNConfig | InstanceFCNConfig | PanopticFPNConfig) -> InputSpec:
-        """Float RGB, channels last, sides a multiple of 32."""
+        """Float RGB, channels last, sides a multiple of 32.
+
+        Raises:
+            ConfigError: ``config.channels`` is not 3: the network alone can be built like that, but photos have 3.
+        """
+        channels = getattr(config, "channels", 3)
+        if channels != 3:
+            raise ConfigError(
+                f"{config.kind} sees photos, which have 3 channels: model.channels = {channels}", "leave it out"
+            )
         return InputSpec(
             height=config.short_side, resize="short-side", longest=config.longest, divisor=32, layout="nhwc"
         )

@@ -5,38 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from segbatch import tables
-from segbatch.codecs import photo, volume
+from segbatch.codecs import photo
+from segbatch.inference import volumes
+from segbatch.inference.volumes import Slice
 from segbatch.records import OK, PlanItem
 
-_COLUMNS = ["sample_id", "group_id", "image", "image_format", "image_uri", "etag", "status", "height", "width"]
-_VOLUME = ["index", "dtype", "slope", "intercept"]
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """A CT slice as it stands in a samples table: encoded pixels and how to read them."""
-
-    data: bytes
-    format: str
-    height: int
-    width: int
-    index: int
-    dtype: str
-    slope: float
-    intercept: float
-
-    def hounsfield(self, uri: str) -> NDArray[np.float32]:
-        """Its values (height, width).
-
-        Raises:
-            DataError: see ``volume.decode_slice``.
-        """
-        pixels = volume.decode_slice(self.data, self.format, self.height, self.width, self.dtype, uri)
-        return volume.to_hounsfield(pixels, self.slope, self.intercept)
+_COLUMNS = ("sample_id", "group_id", "image", "image_format", "image_uri", "etag", "status")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +48,7 @@ def inputs(items: Sequence[PlanItem], slices: int) -> Iterator[Input]:
         elif slices:
             yield from _with_neighbours(item, slices)
         else:
-            for batch in tables.batches(item.uri, "samples", [*_COLUMNS, "volume.index"], *_rows(item)):
+            for batch in tables.batches(item.uri, "samples", (*_COLUMNS, "volume.index"), *_rows(item)):
                 yield from map(_photo, batch.to_pylist())
 
 
@@ -102,13 +79,11 @@ def _with_neighbours(item: PlanItem, count: int) -> Iterator[Input]:
     """
     first, last = _rows(item)
     half = count // 2
-    columns = [*_COLUMNS, *(f"volume.{name}" for name in _VOLUME)]
     window: deque[tuple[Input, Slice | None]] = deque(maxlen=count)
     start = max(first - half, 0)
     window.extend([(_NOTHING, None)] * (half - (first - start)))
-    rows = _slices(item.uri, columns, start, last + half)
     missing = last + half - start
-    for entry in rows:
+    for entry in _slices(item.uri, start, last + half):
         missing -= 1
         window.append(entry)
         if len(window) == count:
@@ -122,18 +97,11 @@ def _with_neighbours(item: PlanItem, count: int) -> Iterator[Input]:
 _NOTHING = Input("", None, "", "")
 
 
-def _slices(uri: str, columns: Sequence[str], start: int, stop: int) -> Iterator[tuple[Input, Slice | None]]:
+def _slices(uri: str, start: int, stop: int) -> Iterator[tuple[Input, Slice | None]]:
+    columns = tuple(dict.fromkeys((*_COLUMNS, *volumes.COLUMNS)))
     for batch in tables.batches(uri, "samples", columns, start, stop):
         for row in batch.to_pylist():
-            yield _input(row), _slice(row)
-
-
-def _slice(row: Mapping[str, Any]) -> Slice | None:
-    at = row["volume"]
-    if at is None or row["image"] is None or row["status"] != OK:
-        return None
-    size = row["height"], row["width"]
-    return Slice(row["image"], row["image_format"], *size, at["index"], at["dtype"], at["slope"], at["intercept"])
+            yield _input(row), volumes.slice_of(row)
 
 
 def _middle(window: Sequence[tuple[Input, Slice | None]], half: int) -> Input:
@@ -143,16 +111,7 @@ def _middle(window: Sequence[tuple[Input, Slice | None]], half: int) -> Input:
         if found.status != OK:
             return found
         return replace(found, status="photo", why="a photo, or a slice without pixels: the model reads CT slices")
-    near: list[Slice] = [own]
-    for step in (-1, 1):
-        last = own
-        for distance in range(1, half + 1):
-            other, there = window[half + step * distance]
-            fits = there is not None and other.group_id == found.group_id
-            if fits and there is not None and there.index == own.index + step * distance:
-                last = there
-            near.insert(0, last) if step < 0 else near.append(last)
-    return replace(found, slices=tuple(near))
+    return replace(found, slices=volumes.with_neighbours(own, [s for _, s in window]))
 
 
 def decoded(item: Input, data: bytes, max_pixels: int) -> tuple[NDArray[Any], int, int, int]:
@@ -162,7 +121,7 @@ def decoded(item: Input, data: bytes, max_pixels: int) -> tuple[NDArray[Any], in
         DataError: it is broken or too large.
     """
     if item.slices:
-        stack = np.stack([one.hounsfield(item.uri) for one in item.slices], -1)
+        stack = volumes.stack(item.slices, item.uri)
         return stack, stack.shape[0], stack.shape[1], 1
     rgb, info = photo.decode(data, item.uri, max_pixels)
     return photo.upright(rgb, info.exif_orientation), info.height, info.width, info.exif_orientation

@@ -8,25 +8,29 @@ from segbatch.config import Config
 from segbatch.inference.options import InferenceOptions
 from segbatch.models.config import ModelConfig, Size, UNetConfig
 
+_LIGHT = ("brightness", "contrast", "color")
+_RGB = 3
+
 
 class DataConfig(Config):
-    """How photos become training crops.
+    """How photos and CT slices become training crops.
 
     Attributes:
         crop: (height, width) of a training crop on the network's grid. None: the network's input size where that is
             fixed, else what the smallest photo takes up there; at most 512 x 512.
         scale: zoom of the photo, drawn log-uniformly from this range; 1 is the grid that the network is fed later.
         flip: mirror half of the crops.
-        brightness: crops are made darker or brighter by up to this fraction.
+        brightness: crops of photos are made darker or brighter by up to this fraction; those of CT slices never.
         contrast: likewise.
-        color: each channel is made weaker or stronger by up to this fraction.
+        color: likewise; each channel is made weaker or stronger by up to this fraction.
         elastic: crops are bent: standard deviation in pixels of random displacements on a grid of 3 x 3 (U-Net: 10);
             0 for none.
         border_weight: semantic networks: the greatest weight that pixels between neighbouring objects have on top of
             their class's (U-Net: 10); 0 for none. Objects are the table's instances, where a photo has none the
             connected pieces of the classes with ``isthing``.
         border_sigma: how far that weight reaches, in pixels of the network's grid; see ``separation``.
-        cache_mb: decoded photos kept in memory; the others are read anew whenever they are needed.
+        cache_mb: photos (decoded) and CT slices (as they are stored) kept in memory; the others are read anew whenever
+            they are needed.
     """
 
     crop: Size | None = None
@@ -114,6 +118,15 @@ class TrainConfig(Config):
     def _check(self) -> Self:
         if self.model.kind != "color" and not (self.optim.epochs or self.optim.max_minutes):
             raise ValueError("the training has no end: set optim.epochs or optim.max_minutes")
+        if getattr(self.model, "hounsfield", None) is not None:
+            used = [n for n in _LIGHT if n in self.data.model_fields_set and getattr(self.data, n)]
+            if used:
+                raise ValueError(f"data.{used[0]} is for photos; Hounsfield units stay as they are: leave it out")
+        if self.model.kind == "unet" and self.model.encoder and self.model.pretrained and self.model.channels != _RGB:
+            raise ValueError(
+                f"channels {self.model.channels}: the ImageNet weights of {self.model.encoder} are for 3; "
+                "set model.pretrained = false"
+            )
         if self.val_inference.several_views:
             raise ValueError("val_inference: validation knows no tiles, scales and flip")
         return self

@@ -1,6 +1,7 @@
 """Training crops: zoom, position, mirror, light and bending drawn anew for every crop from (seed, crop number) alone.
 
-So the stream of crops needs no state: crop ``k`` is the same in every run, also in one that was interrupted.
+So the stream of crops needs no state: crop ``k`` is the same in every run, also in one that was interrupted. Light is
+for photos; Hounsfield units are what they are.
 
 A thing that a crop cuts down to less than ``SLIVER`` of its pixels, or that has fewer than ``FEWEST`` pixels in the
 crop, is a crowd there: nobody could tell what it is, and it is no background either.
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from segbatch.inference.pipeline import fed_size, normalisation, stretched
+from segbatch.inference.pipeline import fed_size, normalisation, normalised, stretched, windowed
 from segbatch.models.base import InputSpec, Target
 from segbatch.training.bending import N, bent_labels, bent_photo, displaced
 from segbatch.training.config import DataConfig
@@ -25,6 +26,7 @@ SLIVER = 0.2
 FEWEST = 4
 
 _ORDER, _LOOK = 0, 1
+_RGB = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Batch:
     """Crops as the network is fed, and their truth.
 
     Attributes:
-        images: (n, h, w, 3) float32.
+        images: (n, h, w, channels) float32: red, green and blue, or neighbouring CT slices.
         classes: (n, h, w) int16; None where the task is instances.
         targets: one for each crop where the task is instance or panoptic, else none.
         borders: (n, h, w) float32, what pixels between things count for on top of their class's weight; None where
@@ -55,10 +57,10 @@ class _Truth:
 
 
 class CropStream:
-    """An endless sequence of crops, every photo once per epoch.
+    """An endless sequence of crops, every sample once per epoch.
 
     Args:
-        samples: the photos.
+        samples: photos, or CT slices where ``spec.slices`` says so.
         data: how crops are drawn; ``crop`` set.
         spec: what the network is fed: grid and normalisation.
         size: (height, width) of a crop.
@@ -73,17 +75,17 @@ class CropStream:
         self._size = size
         self._seed = seed
         self._order: tuple[int, NDArray[np.intp]] = (-1, np.empty(0, np.intp))
-        self._table = normalisation(spec)[0]
+        self._table = normalisation(spec)
         self._things = [i for i, c in enumerate(samples.classes.classes) if c.isthing]
 
     def batch(self, first: int, count: int) -> Batch:
         """Crops ``first .. first + count - 1`` of the sequence."""
-        images = np.empty((count, *self._size, 3), np.float32)
+        images = np.empty((count, *self._size, self._spec.slices or _RGB), np.float32)
         truths = [self._draw(first + position, images[position]) for position in range(count)]
         targets = tuple(t.target for t in truths if t.target is not None)
         return Batch(images, _stacked([t.classes for t in truths]), targets, _stacked([t.borders for t in truths]))
 
-    def _photo_of(self, number: int) -> int:
+    def _sample_of(self, number: int) -> int:
         epoch, position = divmod(number, len(self.samples))
         if self._order[0] != epoch:
             rng = np.random.default_rng([self._seed, _ORDER, epoch])
@@ -93,10 +95,10 @@ class CropStream:
     def _draw(self, number: int, image: NDArray[np.float32]) -> _Truth:
         """Fill in one crop; returns its truth."""
         rng = np.random.default_rng([self._seed, _LOOK, number])
-        found = self.samples.get(self._photo_of(number))
+        found = self.samples.get(self._sample_of(number))
         zoom = float(np.exp(rng.uniform(*np.log(self._data.scale))))
         view = _View.draw(found, self._grid(found, zoom), self._size, rng, self._data.flip)
-        view.put(found.rgb, self._light(rng), image)
+        view.put(self._look(view.part(found.image), view.shape, rng), image)
         if self._data.elastic:
             view.bend = displaced(self._size, self._data.elastic, rng)
             image[:] = bent_photo(image, view.bend)
@@ -107,11 +109,18 @@ class CropStream:
         return _Truth(classes, target, borders)
 
     def _grid(self, found: Labelled, zoom: float) -> tuple[float, float]:
-        """Network pixels per photo pixel, down and across."""
-        size = found.rgb.shape[:2]
+        """Network pixels per sample pixel, down and across."""
+        size = found.image.shape[:2]
         fed = fed_size(self._spec, *size)
         down, across = (zoom if f == s else zoom * f / s for f, s in zip(fed, size, strict=True))
         return down, across
+
+    def _look(self, part: NDArray[Any], shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
+        """A part of a sample resized to (height, width), as the network is fed; that of a photo in another light."""
+        resized = stretched(windowed(self._spec, part), *shape)
+        table = self._table if self._spec.slices else self._light(rng)
+        found: NDArray[np.float32] = normalised(self._spec, resized, table)
+        return found
 
     def _light(self, rng: np.random.Generator) -> NDArray[np.float32]:
         """Table (1, 256, 3): brightness, contrast and colour changed, then normalised."""
@@ -122,7 +131,7 @@ class CropStream:
         values = np.clip((np.arange(256)[:, None] - 127.5) * gains + 127.5 + shift, 0, 255)
         table: NDArray[np.float32] = np.empty((1, 256, 3), np.float32)
         for channel in range(3):
-            table[0, :, channel] = np.interp(values[:, channel], np.arange(256), self._table[:, channel])
+            table[0, :, channel] = np.interp(values[:, channel], np.arange(256), self._table[0, :, channel])
         return table
 
     def _borders(self, view: "_View", classes: NDArray[np.int16] | None, found: Labelled) -> NDArray[np.float32]:
@@ -142,7 +151,7 @@ class CropStream:
 
 @dataclass(slots=True)
 class _View:
-    """Which part of a photo lies where in a crop.
+    """Which part of a photo (or of CT slices, which lie above each other) lies where in a crop.
 
     Attributes:
         cuts: rows and columns of the photo.
@@ -171,7 +180,7 @@ class _View:
     ) -> "_View":
         """A random part of the photo, resized by ``grid``."""
         cuts, shape, corner = [], [], []
-        for photo, factor, target in zip(found.rgb.shape[:2], grid, size, strict=True):
+        for photo, factor, target in zip(found.image.shape[:2], grid, size, strict=True):
             wanted = max(round(target / factor), 1)
             if wanted <= photo:
                 start = int(rng.integers(0, photo - wanted + 1))
@@ -186,11 +195,14 @@ class _View:
         mirrored = flip and bool(rng.random() < 0.5)
         return cls((cuts[0], cuts[1]), (shape[0], shape[1]), (corner[0], corner[1]), size, mirrored)
 
-    def put(self, rgb: NDArray[np.uint8], light: NDArray[np.float32], image: NDArray[np.float32]) -> None:
-        """Fill in the crop of the photo, its values looked up in ``light``; the mean colour where there is none."""
-        part = stretched(np.ascontiguousarray(rgb[self.cuts]), *self.shape)
+    def part(self, image: NDArray[Any]) -> NDArray[Any]:
+        """The part of the photo."""
+        return np.ascontiguousarray(image[self.cuts])
+
+    def put(self, part: NDArray[np.float32], image: NDArray[np.float32]) -> None:
+        """Fill in the crop of the part, resized to ``shape`` and normalised; the mean colour where there is none."""
         image[:] = 0.0  # the mean colour
-        (image[:, ::-1] if self.mirrored else image)[self._inside] = cv2.LUT(part, light)
+        (image[:, ::-1] if self.mirrored else image)[self._inside] = part
 
     def labels(self, label_map: NDArray[np.int16], fill: int) -> NDArray[np.int16]:
         """The crop of a label map, ``fill`` where there is no photo."""

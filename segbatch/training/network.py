@@ -62,7 +62,7 @@ class NetworkTraining:
         architecture: of the network; its loss, where it predicts instances or panoptic segments.
         net: with its first weights.
         spec: what it is fed.
-        samples: training photos.
+        samples: to train on.
         out: the output folder.
         digest: of all that decides the result.
     """
@@ -266,7 +266,7 @@ class NetworkTraining:
 
 
 def _tensor(batch: Batch) -> torch.Tensor:
-    """(n, 3, h, w), channels last in memory."""
+    """(n, channels, h, w), channels last in memory."""
     return torch.from_numpy(batch.images).permute(0, 3, 1, 2)
 
 

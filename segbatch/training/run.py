@@ -13,7 +13,7 @@ from segbatch.config import digest_of
 from segbatch.errors import ConfigError, StoppedError
 from segbatch.models import checkpoint
 from segbatch.models.architectures import ARCHITECTURES, Architecture
-from segbatch.models.base import ModelSpec
+from segbatch.models.base import InputSpec, ModelSpec
 from segbatch.models.color import ColorTable
 from segbatch.training import state
 from segbatch.training.config import TrainConfig
@@ -42,16 +42,17 @@ def train(
         should_stop: asked after every step; True writes a checkpoint and ends.
 
     Raises:
-        ConfigError: no such samples, classes that cannot be learned, another training in the same folder, a broken
-            checkpoint; see ``state.claim``.
+        ConfigError: no such samples, classes that cannot be learned, CT slices for a network that sees photos or the
+            other way round, another training in the same folder, a broken checkpoint; see ``state.claim``.
         DataError: a sample without labels of the network's task, or broken; named.
         EngineError: the loss is not a number.
         StoppedError: ``should_stop`` said so.
     """
     out = storage.resolve(config.out)
     architecture = ARCHITECTURES[config.model.kind]
-    samples = _training_samples(config, architecture)
-    held_out = _validation_samples(config, samples)
+    spec = architecture.input_spec(config.model)
+    samples = _training_samples(config, architecture, spec.slices)
+    held_out = _validation_samples(config, samples, spec.slices)
     content = {
         "train": config.deciding(),
         "samples": samples.digest,
@@ -61,13 +62,13 @@ def train(
     state.claim(out, content)
     if storage.exists(storage.join(out, checkpoint.MODEL_FILE)):
         return _recorded(out, config)
-    run = _Run(config, out, samples, held_out, digest_of(content))
+    run = _Run(config, out, spec, samples, held_out, digest_of(content))
     with _torch_settings(config.threads, config.seed):
         fit = run.color if config.model.kind == "color" else run.network
         return fit(on_progress or (lambda _: None), should_stop or (lambda: False))
 
 
-def _training_samples(config: TrainConfig, architecture: Architecture) -> SampleSet:
+def _training_samples(config: TrainConfig, architecture: Architecture, slices: int) -> SampleSet:
     """The labels of the network's task, and things for ``data.border_weight``."""
     borders = config.data.border_weight > 0
     if borders and (architecture.task != "semantic" or architecture.output == "labels"):
@@ -75,7 +76,7 @@ def _training_samples(config: TrainConfig, architecture: Architecture) -> Sample
             f"data.border_weight is for the loss of semantic networks, which {config.model.kind} has not",
             "leave it out",
         )
-    found = SampleSet(config.samples, config.split, config.data.cache_mb, architecture.task, borders)
+    found = SampleSet(config.samples, config.split, config.data.cache_mb, architecture.task, borders, slices)
     if borders and not any(c.isthing for c in found.classes.classes):
         raise ConfigError(
             f"data.border_weight: no class of {config.samples} is a thing, so there are no objects to keep apart",
@@ -84,11 +85,11 @@ def _training_samples(config: TrainConfig, architecture: Architecture) -> Sample
     return found
 
 
-def _validation_samples(config: TrainConfig, samples: SampleSet) -> SampleSet | None:
+def _validation_samples(config: TrainConfig, samples: SampleSet, slices: int) -> SampleSet | None:
     if not config.validates:
         return None
     root = config.val_samples or config.samples
-    found = SampleSet(root, config.val_split, config.data.cache_mb, samples.task)
+    found = SampleSet(root, config.val_split, config.data.cache_mb, samples.task, slices=slices)
     ours, theirs = ([c.label_id for c in s.classes.classes] for s in (samples, found))
     if ours != theirs:
         raise ConfigError(
@@ -115,7 +116,13 @@ class _Run:
     """One call of ``train``."""
 
     def __init__(
-        self, config: TrainConfig, out: str, samples: SampleSet, held_out: SampleSet | None, digest: str
+        self,
+        config: TrainConfig,
+        out: str,
+        spec: InputSpec,
+        samples: SampleSet,
+        held_out: SampleSet | None,
+        digest: str,
     ) -> None:
         self._config = config
         self._out = out
@@ -123,7 +130,7 @@ class _Run:
         self._held_out = held_out
         self._digest = digest
         self._architecture = ARCHITECTURES[config.model.kind]
-        self._input = self._architecture.input_spec(config.model)
+        self._input = spec
 
     def network(self, report: Report, should_stop: Callable[[], bool]) -> TrainResult:
         """Gradient descent."""
@@ -150,7 +157,7 @@ class _Run:
         for index in range(len(self._samples)):
             found = self._samples.get(index)
             assert found.classes is not None
-            table.observe(found.rgb, found.classes)
+            table.observe(found.image, found.classes)
             done = index + 1
             report(TrainProgress(done, done / len(self._samples), 0.0, 0.0, done, clock.seconds))
             if should_stop() and done < len(self._samples):

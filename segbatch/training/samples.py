@@ -1,25 +1,22 @@
-"""Photos and labels of a samples table, by random access, decoded ones kept while there is room."""
+"""The samples of a table to train or to validate on, by random access; what is read is kept while there is room."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from segbatch import storage, tables
-from segbatch.codecs import photo
+from segbatch import tables
 from segbatch.config import digest_of
-from segbatch.errors import ConfigError, DataError
+from segbatch.errors import ConfigError
 from segbatch.records import OK, Task
+from segbatch.training.content import Content, Photos, Place, Slices
 from segbatch.training.truth import VOID, Labelled, Truth
 
 __all__ = ["VOID", "Labelled", "SampleSet"]
 
-_INDEX = ("sample_id", "split", "etag", "status", "height", "width", "exif_orientation")
-_CONTENT = ("sample_id", "image", "image_uri", "height", "width", "exif_orientation")
+_INDEX = ("sample_id", "split", "etag", "status", "height", "width", "exif_orientation", "volume.index")
 _LABELLED: dict[Task, tuple[str, str]] = {
     "semantic": ("class_pixels", "class_pixels"),
     "instance": ("instances", "instances.list.element.id"),
@@ -28,27 +25,16 @@ _LABELLED: dict[Task, tuple[str, str]] = {
 """A column that is null where the task has no labels, and how little of it tells that."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a sample lies, and its upright size."""
-
-    sample_id: str
-    etag: str
-    part: str
-    row: int
-    height: int
-    width: int
-
-
 class SampleSet:
     """The ok rows of a samples table.
 
     Args:
         root: samples table, or the root that holds it.
         split: only this split; all when empty.
-        cache_mb: decoded photos and labels kept, in MB.
+        cache_mb: photos or CT slices, and labels, kept, in MB.
         task: which labels are read.
         with_things: semantic: read the instances as well, where the table has them.
+        slices: see ``InputSpec``.
 
     Attributes:
         table: all classes of the samples.
@@ -57,21 +43,29 @@ class SampleSet:
         pixels_where_present: scored pixels of the photos that show the class; likewise.
 
     Raises:
-        ConfigError: no such table, no class table, no class to learn, no such split, no row to use.
+        ConfigError: no such table, no class table, no class to learn, no such split, no row to use; CT slices where
+            the network sees photos, or the other way round.
         DataError: a row that is ok but has no labels of the task.
     """
 
     def __init__(
-        self, root: str, split: str, cache_mb: int, task: Task = "semantic", with_things: bool = False
+        self,
+        root: str,
+        split: str,
+        cache_mb: int,
+        task: Task = "semantic",
+        with_things: bool = False,
+        slices: int = 0,
     ) -> None:
         self.root, self.task = tables.root_of(root, "samples"), task
+        self._of_volumes = slices > 0
         self.table = tables.class_table(self.root)
         self._truth = Truth(self.table, task, with_things, root)
         self.classes = self._truth.classes
         self.skipped: Counter[str] = Counter()
         self.pixels = np.zeros(len(self.classes.classes), np.int64)
         self.pixels_where_present = np.zeros(len(self.classes.classes), np.int64)
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
         splits: set[str] = set()
         for part in tables.parts(tables.find(root, "samples")):
             row = 0
@@ -83,8 +77,8 @@ class SampleSet:
             there = ", ".join(sorted(s for s in splits if s)) or "none"
             what = f"split {split}" if split else "usable row"
             raise ConfigError(f"{root} has no {what} with ok rows", f"splits there: {there}; see its status column")
-        self._room = cache_mb << 20
-        self._kept: dict[int, Labelled] = {}
+        room = cache_mb << 20
+        self._content: Content = Slices(self._truth, room, slices) if slices else Photos(self._truth, room)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -104,19 +98,12 @@ class SampleSet:
         return self._places[index].sample_id
 
     def get(self, index: int) -> Labelled:
-        """One photo with its labels; keeps it if there is room. May be called by several threads.
+        """One sample with its labels; keeps it if there is room. May be called by several threads.
 
         Raises:
-            DataError: the photo or its labels are broken, or their sizes differ.
+            DataError: the photo, the slices or the labels are broken, or their sizes differ.
         """
-        kept = self._kept.get(index)
-        if kept is not None:
-            return kept
-        found = self._decode(self.row(index, self._columns))
-        if found.nbytes <= self._room:
-            self._room -= found.nbytes
-            self._kept[index] = found
-        return found
+        return self._content.get(self._places[index])
 
     def row(self, index: int, columns: Sequence[str]) -> pa.RecordBatch:
         """Columns of one sample's row in the table."""
@@ -125,21 +112,7 @@ class SampleSet:
 
     def preload(self) -> None:
         """Read the samples in table order, once through each part, until the cache is full."""
-        where = {(p.part, p.row): i for i, p in enumerate(self._places)}
-        for part in dict.fromkeys(p.part for p in self._places):
-            for row, batch in enumerate(tables.batches(part, "samples", self._columns, batch_rows=1)):
-                index = where.get((part, row))
-                if index is None:
-                    continue
-                found = self._decode(batch)
-                self._room -= found.nbytes
-                if self._room < 0:
-                    return
-                self._kept[index] = found
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        return (*_CONTENT, *self._truth.columns)
+        self._content.preload(self._places)
 
     def _index(self, batch: pa.RecordBatch, split: str, first: tuple[str, int]) -> None:
         """Note where the ok rows of a batch lie and which classes they show."""
@@ -149,13 +122,29 @@ class SampleSet:
             if entry["status"] != OK:
                 self.skipped[entry["status"]] += 1
                 continue
+            self._check_kind(entry)
             labels = entry[_LABELLED[self.task][0]]
             self._truth.check_labelled(entry["sample_id"], labels is not None)
             if self.task == "semantic":
                 self._count(labels)
             size = entry["height"], entry["width"]
             height, width = size[::-1] if (entry["exif_orientation"] or 1) >= 5 else size
-            self._places.append(_Place(entry["sample_id"], entry["etag"], first[0], first[1] + row, height, width))
+            self._places.append(Place(entry["sample_id"], entry["etag"], first[0], first[1] + row, height, width))
+
+    def _check_kind(self, entry: Mapping[str, Any]) -> None:
+        """Refuse a slice where the network sees photos, and a photo where it sees slices."""
+        is_slice = entry["volume"] is not None
+        if is_slice and not self._of_volumes:
+            raise ConfigError(
+                f"{self.root} holds slices of CT volumes ({entry['sample_id']}), and the model sees photos",
+                "give a semantic network model.hounsfield, e.g. [-160, 240], and model.channels, how many "
+                "neighbouring slices it sees",
+            )
+        if self._of_volumes and not is_slice:
+            raise ConfigError(
+                f"{self.root} holds photos ({entry['sample_id']}), and model.hounsfield is for slices of CT volumes",
+                "leave model.hounsfield out",
+            )
 
     def _count(self, class_pixels: Sequence[dict[str, Any]]) -> None:
         shown = [(self._truth.index_of(int(e["value"])), int(e["pixels"])) for e in class_pixels]
@@ -164,27 +153,3 @@ class SampleSet:
             if index >= 0:
                 self.pixels[index] += count
                 self.pixels_where_present[index] += scored
-
-    def _decode(self, batch: pa.RecordBatch) -> Labelled:
-        row = batch.select(list(_CONTENT)).to_pylist()[0]
-        rgb, found = _photo(row)
-        size = row["height"], row["width"]
-        if rgb.shape[:2] != size:
-            raise DataError(
-                f"sample {row['sample_id']}: photo {found.width}x{found.height}, table {size[1]}x{size[0]}",
-                "photo and label map must have one size; ingest the sample anew",
-                "size-mismatch",
-                row["image_uri"],
-            )
-        classes, things = self._truth.read(batch, row, size)
-        return Labelled(photo.upright(rgb, row["exif_orientation"] or 1), classes, things)
-
-
-def _photo(row: dict[str, Any]) -> tuple[NDArray[np.uint8], photo.PhotoInfo]:
-    """The decoded photo of a row, from the table or, where that holds none, from its own place."""
-    data = row["image"] if row["image"] is not None else storage.read_bytes(row["image_uri"])
-    try:
-        return photo.decode(data, row["image_uri"])
-    except DataError as error:
-        problem = f"sample {row['sample_id']}: {error.problem}"
-        raise DataError(problem, "ingest the samples anew", error.code, row["image_uri"]) from error

@@ -56,22 +56,22 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """One upright photo and its truth.
+    """One upright photo, or a CT slice with its neighbours, and its truth.
 
     Attributes:
-        rgb: (h, w, 3) uint8.
+        image: (h, w, 3) uint8 RGB; or (h, w, slices) float32 in Hounsfield units, the labelled slice in the middle.
         classes: class indices (h, w) int16, ``VOID`` where there is none; None where the task is instances.
         things: in the order of the table; None where they are not known.
     """
 
-    rgb: NDArray[np.uint8]
+    image: NDArray[Any]
     classes: NDArray[np.int16] | None
     things: tuple[Thing, ...] | None
 
     @property
     def nbytes(self) -> int:
         """Memory that the pixels take."""
-        maps = self.rgb.nbytes + (0 if self.classes is None else self.classes.nbytes)
+        maps = self.image.nbytes + (0 if self.classes is None else self.classes.nbytes)
         return maps + sum(t.mask.nbytes for t in self.things or ())
 
 

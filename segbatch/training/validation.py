@@ -63,7 +63,7 @@ def _official(predictor: Predictor, samples: SampleSet) -> Figures:
     for number in range(len(samples)):
         truth = samples.row(number, (*_SIZE, *metric.truth_columns))
         size = {name: truth.column(name)[0].as_py() for name in _SIZE}
-        found = predictor.predict(samples.get(number).rgb)
+        found = predictor.predict(samples.get(number).image)
         found = turn_back(found, size["exif_orientation"] or 1, size["height"], size["width"])
         states.append(metric.update(Row(truth, 0), Row(_masks_row(found, size), 0)))
     figures = {f.metric: f.value for f in metric.compute(metric.merge(states)) if not f.class_name and not f.slice}
@@ -101,7 +101,7 @@ def _semantic(predictor: Predictor, samples: SampleSet) -> Figures:
     confusion = np.zeros((len(ids), len(ids)), np.int64)
     for number in range(len(samples)):
         found = samples.get(number)
-        label_map = predictor.predict(found.rgb).semantic
+        label_map = predictor.predict(found.image).semantic
         assert label_map is not None and found.classes is not None
         confusion += _confusion(found.classes, index[label_map], len(ids))
     return _ious(confusion, [c.name for c in samples.classes.classes])

@@ -1,4 +1,4 @@
-"""CT volumes through predict: slice by slice, with the neighbours as channels."""
+"""CT volumes through predict and train: slice by slice, with the neighbours as channels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +8,19 @@ import generators
 import nibabel
 import numpy as np
 import pytest
+import toy_volumes
 from numpy.typing import NDArray
 
 import segbatch
 from segbatch import api, tables
 from segbatch.codecs.columns import runs_at
 from segbatch.codecs.runlength import decode
-from segbatch.config import EngineConfig, PlanConfig, RunOptions
+from segbatch.config import EngineConfig, PlanConfig, RunOptions, parse
 from segbatch.jobs import Limits
 from segbatch.models.base import InputSpec, ModelSpec
 from segbatch.records import ClassInfo, ClassTable
+from segbatch.training import TrainConfig, TrainProgress
+from segbatch.training import train as train_on
 
 INLINE = RunOptions(engine=EngineConfig(kind="inline"), plan=PlanConfig(shard_rows=4))
 LOW, HIGH = -200.0, 300.0
@@ -100,3 +103,50 @@ def test_a_folder_of_photos_is_refused_as_well(tmp_path: Path, slices: int) -> N
         Neighbours(slices), str(tmp_path / "photos"), str(tmp_path / "masks"), options=INLINE, limits=Limits(1.0)
     )
     assert api.query(str(tmp_path / "masks"), "SELECT status FROM masks").to_pylist() == [{"status": "photo"}]
+
+
+def train_config(out: Path, samples: str, **changes: Any) -> TrainConfig:
+    """A small U-Net that sees a slice and its two neighbours."""
+    model = {"kind": "unet", "width": 8, "depth": 2, "channels": 3, "hounsfield": toy_volumes.WINDOW}
+    optim = {"epochs": 16, "batch_size": 4, "lr": 0.03, "warmup_steps": 2, "ema": 0.9, "dtype": "float32"}
+    document = {"out": str(out), "samples": samples, "seed": 1, "threads": 1, "model": model, "optim": optim}
+    return parse(TrainConfig, {**document, **changes}, "test")
+
+
+def test_a_network_is_trained_on_volumes_then_predicts_and_is_scored(tmp_path: Path) -> None:
+    """Liver and lesion differ by the next slice alone."""
+    roots = {}
+    for name, seeds in (("train", [1, 2, 3, 4]), ("held-out", [11, 12])):
+        roots[name] = str(tmp_path / name)
+        api.ingest("lits", str(toy_volumes.tree(tmp_path / f"{name}-files", seeds)), roots[name], options=INLINE)
+    seen: list[TrainProgress] = []
+    data = {"scale": [1.0, 1.0], "crop": [16, 16]}
+    config = train_config(tmp_path / "model", roots["train"], val_samples=roots["held-out"], data=data)
+    result = train_on(config, seen.append)
+    assert result.samples == 4 * 5 and np.mean([p.loss for p in seen[-5:]]) < 0.4 * np.mean([p.loss for p in seen[:5]])
+    masks, metrics = str(tmp_path / "masks"), str(tmp_path / "metrics")
+    assert segbatch.predict(result.reference, roots["held-out"], masks, options=INLINE).state.bad == 0
+    api.evaluate(masks, roots["held-out"], metrics, protocol="semantic", options=INLINE)
+    query = "SELECT value FROM summary WHERE metric = 'miou' AND class = '' AND slice = ''"
+    scored = [r["value"] for r in api.query(metrics, query).to_pylist()]
+    assert scored == [pytest.approx(result.val_miou)] and scored[0] > 0.9
+    assert scored[0] > 0.6 + constant_background(roots["held-out"])
+
+
+def constant_background(samples: str) -> float:
+    """mIoU of a prediction that is background everywhere: its share of the pixels, and 0 for the two others."""
+    counted = "SELECT c.value AS k, sum(c.pixels) AS n FROM samples, unnest(class_pixels) u(c) GROUP BY 1"
+    pixels = {r["k"]: float(r["n"]) for r in api.query(samples, counted).to_pylist()}
+    return pixels[0] / sum(pixels.values()) / 3
+
+
+def test_volumes_of_all_sizes_are_trained_on(tmp_path: Path) -> None:
+    """Of a single slice, gzipped, noise over the whole range: the drawn LiTS, whose test volumes have no labels."""
+    samples = str(tmp_path / "samples")
+    api.ingest("lits", str(generators.TREES["lits"](tmp_path / "tree")), samples, options=INLINE)
+    model = {"kind": "unet", "width": 2, "depth": 2, "channels": 5, "hounsfield": [LOW, HIGH]}
+    changes: dict[str, Any] = {"split": "train", "model": model, "optim": {"epochs": 2, "dtype": "float32"}}
+    result = api.train(train_config(tmp_path / "model", samples, **changes))
+    assert (result.samples, result.steps) == (13, 4)
+    masks = segbatch.predict(result.reference, samples, str(tmp_path / "masks"), options=INLINE)
+    assert masks.state.bad == 0 and masks.rows == 13 + 2 * 3

@@ -246,7 +246,7 @@ def test_a_cache_without_room_reads_anew(tmp_path: Path) -> None:
     kept.preload()
     anew.preload()
     for index in (2, 0, 1):
-        np.testing.assert_array_equal(kept.get(index).rgb, anew.get(index).rgb)
+        np.testing.assert_array_equal(kept.get(index).image, anew.get(index).image)
         np.testing.assert_array_equal(kept.get(index).classes, anew.get(index).classes)
         assert kept.get(index) is kept.get(index) and anew.get(index) is not anew.get(index)
 
@@ -255,7 +255,7 @@ def test_photos_are_turned_upright_with_their_labels(tmp_path: Path) -> None:
     root = toy.write(tmp_path / "data", [toy.row(0), toy.row(0, sample_id="turned", exif_orientation=6)])
     samples = SampleSet(root, "train", 100)
     assert samples.smallest == (16, 16)
-    np.testing.assert_array_equal(samples.get(1).rgb, np.rot90(samples.get(0).rgb, -1))
+    np.testing.assert_array_equal(samples.get(1).image, np.rot90(samples.get(0).image, -1))
     plain, turned = samples.get(0).classes, samples.get(1).classes
     assert plain is not None and turned is not None
     np.testing.assert_array_equal(turned, np.rot90(plain, -1))

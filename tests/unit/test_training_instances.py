@@ -125,9 +125,9 @@ class TestLabels:
         ]
         for index, turn in enumerate(turns, 1):
             plain, turned = samples.get(0), samples.get(index)
-            np.testing.assert_array_equal(turned.rgb[..., 0], turn(plain.rgb[..., 0]))
+            np.testing.assert_array_equal(turned.image[..., 0], turn(plain.image[..., 0]))
             wanted = {turn(full(t, toy.SIZE)).tobytes() for t in things_of(plain)}
-            assert {full(t, turned.rgb.shape[:2]).tobytes() for t in things_of(turned)} == wanted
+            assert {full(t, turned.image.shape[:2]).tobytes() for t in things_of(turned)} == wanted
             if plain.classes is not None and turned.classes is not None:
                 np.testing.assert_array_equal(turned.classes, turn(plain.classes))
 
@@ -269,7 +269,7 @@ class TestCrops:
         found = CropStream(samples, STILL, ANY_SIZE, (8, 8), 3)
         seen = {True: 0, False: 0}
         for number in range(40):
-            whole = [full(t, toy.SIZE) for t in things_of(samples.get(found._photo_of(number)))]
+            whole = [full(t, toy.SIZE) for t in things_of(samples.get(found._sample_of(number)))]
             target = found.batch(number, 1).targets[0]
             for mask, iscrowd in zip(target.masks, target.iscrowd, strict=True):
                 fits = [m.sum() for m in whole if contains(m, mask)]
