@@ -14,6 +14,8 @@ from segbatch.jobs import Limits, RunResult, Silent, Watch
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from segbatch.metrics.base import MetricOptions
+    from segbatch.stages.totals import Analysis
     from segbatch.training import TrainConfig
 
 
@@ -40,10 +42,33 @@ class PredictStage(Config):
 
 
 class EvaluateStage(Config):
-    """What ``segbatch evaluate`` is told."""
+    """What ``segbatch evaluate`` is told; ``class_map`` holds the classes themselves, not a file."""
 
     protocol: str = ""
     missing: Literal["error", "skip"] = "error"
+    slices: tuple[str, ...] = ()
+    bootstrap: int = Field(default=0, ge=0)
+    bootstrap_by: Literal["group", "image"] = "group"
+    seed: int = Field(default=0, ge=0)
+    class_map: dict[str, str] = Field(default_factory=dict)
+    iou: tuple[float, ...] = ()
+    max_detections: tuple[int, ...] = ()
+    boundary: float | None = None
+    upstream_bugs: bool = False
+
+    @property
+    def metric(self) -> "MetricOptions":
+        """What the protocol leaves to its caller."""
+        from segbatch.metrics.base import MetricOptions
+
+        return MetricOptions(self.iou, self.max_detections, self.boundary, self.upstream_bugs)
+
+    @property
+    def analysis(self) -> "Analysis":
+        """Slices and intervals."""
+        from segbatch.stages.totals import Analysis
+
+        return Analysis(self.slices, self.bootstrap, self.seed, self.bootstrap_by)
 
 
 class ReportStage(Config):
@@ -188,6 +213,9 @@ def evaluate_stage(config: PipelineConfig, watch: Watch) -> RunResult:
         config.place("dataset"),
         config.place("metrics"),
         protocol=config.evaluate.protocol,
+        metric=config.evaluate.metric,
+        class_map=config.evaluate.class_map,
+        analysis=config.evaluate.analysis,
         missing=config.evaluate.missing,
         options=config.options,
         watch=watch,
