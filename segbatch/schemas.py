@@ -235,6 +235,7 @@ DETAILS = pa.schema(
         pa.field("group_id", pa.string()),
         pa.field("sample_id", pa.string()),
         pa.field("class", pa.string()),
+        pa.field("predicted_class", pa.string()),
         pa.field("truth_id", pa.int64()),
         pa.field("predicted_id", pa.int64()),
         _required("values", pa.map_(pa.string(), pa.field("value", pa.float64()))),

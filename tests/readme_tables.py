@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -36,6 +37,19 @@ def formats() -> str:
     return "\n".join(lines)
 
 
+def metrics() -> str:
+    """Protocol x what it scores x the evaluator whose figures it gives."""
+    from segbatch.metrics import registry
+
+    columns = {"semantic": "label maps", "instances": "objects", "panoptic": "segments"}
+    lines = ["| protocol | of | the figures of |", "|---|---|---|"]
+    for name in sorted(registry.BUILT_IN):
+        found: Any = registry.metric(name)
+        source = found.source.replace("|", "\\|")
+        lines.append(f"| `{name}` | {columns.get(found.task_column, found.task_column)} | {source} |")
+    return "\n".join(lines)
+
+
 def models() -> str:
     """Network in the form of its paper x task x parameters x speed."""
     from segbatch.models import catalogue
@@ -50,9 +64,13 @@ def models() -> str:
     return "\n".join(lines)
 
 
+TABLES = {"models": models, "datasets": datasets, "formats": formats, "metrics": metrics}
+
+
 def up_to_date(text: str) -> str:
     """The README with its tables made anew."""
-    for name, table in (("models", models()), ("datasets", datasets()), ("formats", formats())):
+    for name, make in TABLES.items():
+        table = make()
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")

@@ -1,4 +1,4 @@
-"""Compiled loops of ``coco_instance``; imported on first use, because importing numba takes long.
+"""Compiled loops of the ``coco_`` modules for instances; imported on first use, because importing numba takes long.
 
 IoUs stand in a matrix (detections, objects). Those below the least threshold decide nothing, so they may be left 0.
 
@@ -140,8 +140,16 @@ def mask_overlaps(
     b, first_b, bad = _intervals(object_text, object_starts, pixels, object_areas)
     if bad >= 0:
         return areas.size + bad
+    _overlap_all((a, first_a, areas), (b, first_b, object_areas), crowd, height, least, ious)
+    return -1
+
+
+@_part
+def _overlap_all(masks: Any, objects: Any, crowd: Flags, height: Any, least: Any, ious: Floats) -> None:
+    """``mask_overlaps`` of masks that are known to be good: each side their bounds, where they start, and areas."""
     if ious.size == 0:
-        return -1
+        return
+    (a, first_a, areas), (b, first_b, object_areas) = masks, objects
     box_a, box_b = np.empty(4 * areas.size, np.int64), np.empty(4 * object_areas.size, np.int64)
     _corners(a, first_a, height, box_a)
     _corners(b, first_b, height, box_b)
@@ -155,7 +163,6 @@ def mask_overlaps(
             if most / _union(areas[i], object_areas[j], most, crowd[j]) >= least:
                 shared = _shared(a, first_a[i], first_a[i + 1], b, first_b[j], first_b[j + 1])
                 ious[i, j] = shared / _union(areas[i], object_areas[j], shared, crowd[j])
-    return -1
 
 
 @_part
@@ -242,8 +249,14 @@ def _match_class(
     ranges: Floats,
     matched: Words,
     ignored: Words,
+    partners: Offsets,
+    shares: Floats,
+    before: Any,
 ) -> None:
-    """evaluateImg for every range of size and threshold: bit ``range * thresholds + threshold`` of each word."""
+    """evaluateImg for every range of size and threshold: bit ``range * thresholds + threshold`` of each word.
+
+    ``before`` objects are of earlier classes; else as in ``match``.
+    """
     places, tops, found, overlap = _candidates(ious, order, objects, thresholds.min())
     ignore, taken = np.empty(objects.size, np.uint8), np.empty(objects.size, np.uint8)
     every = (np.uint64(1) << np.uint64(thresholds.size)) - np.uint64(1)
@@ -263,6 +276,8 @@ def _match_class(
                 best = _best(found, overlap, first, places[2 * n + 1], thresholds[t], taken, ignore)
                 if best >= 0:
                     taken[best] = not crowd[objects[best]]
+                    if size == 0 and t == 0 and partners.size:
+                        partners[i], shares[i] = before + best, ious[order[i], objects[best]]
                     if ignore[best]:
                         ignored[i] |= bit
                     else:
@@ -284,6 +299,8 @@ def match(
     most: Any,
     matched: Words,
     ignored: Words,
+    partners: Offsets,
+    shares: Floats,
 ) -> None:
     """Match the detections of one image with its objects, class by class.
 
@@ -297,6 +314,9 @@ def match(
         ranges: least and greatest area, in pairs.
         most: detections that count, of each class.
         matched, ignored: zeros, as many as ``order``; those beyond ``most`` stay 0.
+        partners: place in ``objects`` of what each is matched with in the first range at the first threshold; stays as
+            it is where there is none. Empty where nobody asks.
+        shares: IoUs with these, likewise.
     """
     begin = first = 0
     while begin < order.size:
@@ -320,6 +340,9 @@ def match(
             ranges,
             matched[begin:stop],
             ignored[begin:stop],
+            partners[begin:stop],
+            shares[begin:stop],
+            first,
         )
         begin, first = end, past
 
@@ -426,6 +449,8 @@ def _signature(function: Callable[..., Any], _: Any) -> Any:
             _NUMBER,
             _write(_WORD),
             _write(_WORD),
+            _write(_NUMBER),
+            _write(_FLOAT),
         ),
         ranges_of: types.void(_read(_FLOAT), _read(_FLAG), _read(_FLOAT), _write(_WORD)),
         count_bits: types.void(_read(_WORD), _read(_NUMBER), _write(types.uint16, 2)),

@@ -168,7 +168,6 @@ class ArrayMetric:
         images = tuple(name for s in found for name in s.images)
         return Arrays(images, tuple(name for s in found for name in s.groups), values, sizes)
 
-
     def resampled(self, units: Sequence[Arrays], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
         """See ``base.Resamples``."""
         return collected(len(times), (self.compute(_repeated(self, units, row)) for row in times))

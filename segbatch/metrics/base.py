@@ -137,6 +137,7 @@ class Detail:
         kind: what it is: ``case``, ``lesion`` ...
         values: figures by name; None where undefined.
         group_id, sample_id, class_name, truth_id, predicted_id: what it belongs to; None where that says nothing.
+        predicted_class: name of the class that was predicted where ``class_name`` is the true one.
     """
 
     kind: str
@@ -146,6 +147,7 @@ class Detail:
     class_name: str | None = None
     truth_id: int | None = None
     predicted_id: int | None = None
+    predicted_class: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,10 @@ class FoldsGroups(Protocol[S]):
         Raises:
             DataError: the group cannot be scored; all of its rows then get the error's code as their status.
         """
+        ...
+
+    def complete(self, total: S) -> S:
+        """The state without groups of which images are missing, for evaluations that leave those out."""
         ...
 
 

@@ -7,12 +7,12 @@ here are the float64 values before that rounding.
 
 from typing import ClassVar
 
-from segbatch.errors import ConfigError
-from segbatch.metrics.semantic import Rules, SemanticMetric
+from segbatch.metrics.semantic import Rules, SemanticMetric, official_table
 from segbatch.records import ClassTable
 
 CLASSES = 11
 _VOID = 11
+_ABSENT = ("iou", "accuracy")
 _FIGURES = ("miou", "mean_class_accuracy", "global_accuracy")
 
 
@@ -27,19 +27,14 @@ class CamVidMetric(SemanticMetric):
 
     name: ClassVar[str] = "camvid"
     source: ClassVar[str] = "SegNet-Tutorial Scripts/compute_test_results.m (A. Kendall), float64 before num2str"
-    rules: ClassVar[Rules] = Rules(absent="zero", void_predictions="dropped", figures=_FIGURES)
+    rules: ClassVar[Rules] = Rules(absent_is_zero=_ABSENT, void_predictions="dropped", figures=_FIGURES)
 
     def __init__(self, classes: ClassTable) -> None:
         """
         Raises:
             ConfigError: the classes are not CamVid's: ids 0..10, and 11 ignored.
         """
-        scored = [c.label_id for c in classes.scored]
-        if scored != list(range(CLASSES)) or set(classes.ignore_ids) != {_VOID}:
-            found = f"{len(scored)} classes with ids {', '.join(map(str, scored[:15]))}; ignored: {classes.ignore_ids}"
-            problem = f"protocol {self.name} wants the classes 0 to 10 with 11 ignored, the samples have {found}"
-            raise ConfigError(problem, "use --protocol semantic")
-        super().__init__(classes)
+        super().__init__(official_table(self.name, classes, set(range(CLASSES)), {_VOID}))
 
 
 class CamVidStrictMetric(CamVidMetric):
@@ -48,4 +43,4 @@ class CamVidStrictMetric(CamVidMetric):
 
     name: ClassVar[str] = "camvid-strict"
     source: ClassVar[str] = "segbatch: as SegNet-Tutorial compute_test_results.m, but void predictions are misses"
-    rules: ClassVar[Rules] = Rules(absent="zero", void_predictions="error", figures=_FIGURES)
+    rules: ClassVar[Rules] = Rules(absent_is_zero=_ABSENT, void_predictions="error", figures=_FIGURES)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from segbatch.metrics.arrays import Arrays
 from segbatch.metrics.base import image_order
 
 Words = NDArray[np.uint64]
@@ -75,6 +76,11 @@ class Matches:
     One entry per object:
         object_category: label id, int32.
         object_ranges: uint64 whose bit ``range`` says that the object counts there: no bit for a crowd.
+
+    Of one image alone; None where several are merged, and in states that were written before there were any:
+        partners: of which objects the detections were found at the least threshold, regardless of size, with overlaps
+            of the first kind: ``detection_ids`` and ``object_ids`` as the tables have them, int64; ``partners``, for
+            each detection the place of its object or -1, int64; ``ious`` with these, float64, 0 for those without.
     """
 
     images: tuple[str, ...]
@@ -87,6 +93,7 @@ class Matches:
     object_category: NDArray[np.int32]
     object_ranges: Words
     proposals: Mapping[str, NDArray[np.uint16]]
+    partners: Arrays | None = None
 
 
 class Part(NamedTuple):
@@ -99,12 +106,15 @@ class Part(NamedTuple):
 
 
 def parts(rules: Rules) -> dict[str, Part]:
-    """The figures of ``summarize`` by name: ``ap``, ``ap50``, ``ap75``, ``ap_small`` ..., ``ar_1`` ... ``ar_large``."""
+    """The figures of ``summarize`` by name: ``ap``, ``ap50``, ``ap75``, ``ap_small`` ..., ``ar_1`` ... ``ar_large``.
+
+    ``ap50`` and ``ap75`` are there where the IoUs .5 and .75 are, to the bit.
+    """
     most = len(rules.detections) - 1
     sizes = {name: place for place, name in enumerate(rules.ranges) if place}
-    percents = {round(100 * t): place for place, t in enumerate(rules.thresholds)}
+    wanted = {"ap50": 0.5, "ap75": 0.75}
     found = {"ap": Part(True, None, 0, most)}
-    found |= {f"ap{p}": Part(True, percents[p], 0, most) for p in (50, 75) if p in percents}
+    found |= {n: Part(True, rules.thresholds.index(t), 0, most) for n, t in wanted.items() if t in rules.thresholds}
     found |= {f"ap_{name}": Part(True, None, place, most) for name, place in sizes.items()}
     found |= {f"ar_{n}": Part(False, None, 0, place) for place, n in enumerate(rules.detections)}
     found |= {f"ar_{name}": Part(False, None, place, most) for name, place in sizes.items()}
@@ -233,3 +243,11 @@ def compiled(name: str) -> Callable[..., Any]:
     from segbatch.metrics import _coco_kernels as kernels  # slow to import, so not before it is needed
 
     return kernels.kernel(getattr(kernels, name))
+
+
+@functools.cache
+def boundary_overlaps() -> Callable[..., Any]:
+    """The loop of ``_coco_boundary_kernels``."""
+    from segbatch.metrics import _coco_boundary_kernels as kernels
+
+    return kernels.kernel(kernels.boundary_overlaps)

@@ -1,52 +1,38 @@
-"""COCO's figures for instances: AP and AR of masks and of boxes, and recall whatever the class.
+"""COCO's figures for instances: AP and AR of masks, of boxes and of boundaries, and recall whatever the class.
 
-Source: pycocotools 2.0.11, ``cocoeval.py`` (github.com/ppwwyyxx/cocoapi).
+Source: pycocotools 2.0.11, ``cocoeval.py`` (github.com/ppwwyyxx/cocoapi); github.com/bowenc0221/boundary-iou-api.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from segbatch.errors import ConfigError, DataError
-from segbatch.metrics.base import ClassCount, Confusion, ImageScore, Row, same_size
+from segbatch.errors import ConfigError
+from segbatch.metrics.arrays import Arrays
+from segbatch.metrics.base import DEFAULTS, ClassCount, Confusion, ImageScore, Key, Match, MetricOptions, Row, same_size
+from segbatch.metrics.coco_bootstrap import resampled
 from segbatch.metrics.coco_figures import (
     Curves,
     Matches,
     Part,
     Rules,
-    Words,
     average_precision,
-    compiled,
     counted,
     curves,
     parts,
     proposal_recall,
     ranking,
-    ranks_of,
 )
-from segbatch.metrics.columns import NO_INSTANCES, Instances, Lists, instances_of, list_array, lists_of
+from segbatch.metrics.coco_matching import BOUNDARY, Matcher, check, rules_of, scored_classes
+from segbatch.metrics.coco_states import Layout, columns, merged, state_columns, states_of
+from segbatch.metrics.columns import NO_INSTANCES, instances_of
 from segbatch.records import ClassInfo, ClassTable, Figure
 
-_WORD = 64
 _FIRST = np.uint64(1)
 """The bit of the first range (all sizes) and the first threshold."""
-
-_BELOW_ONE = 1 - 1e-10
-"""The greatest IoU that is asked for: at a threshold of 1 rounding must not decide."""
-
-
-class _Order(NamedTuple):
-    """Detections or objects in the order in which they are matched: their places, and their classes, int64 (n,)."""
-
-    places: NDArray[np.int64]
-    classes: NDArray[np.int64]
-
-    def regardless(self, by: NDArray[np.int64]) -> "_Order":
-        """The same in the order ``by``, as if all were of one class."""
-        return _Order(self.places[by], np.zeros(len(by), np.int64))
 
 
 class CocoInstanceMetric:
@@ -73,8 +59,17 @@ class CocoInstanceMetric:
     Detections of ignored classes are left out. Images without a row of masks count as images without detections, as
     images that COCO's results do not mention do.
 
+    Options: ``ious`` are pycocotools' ``iouThrs``, 16 at most (``ap50`` and ``ap75`` are there where these are), and
+    ``max_detections`` its ``maxDets``: ``ar_N`` for each, and the greatest for all other figures. Recall whatever the
+    class keeps its numbers.
+
+    ``ImageScore.matches`` tells of every detection that counts (the best 100 of a class) and of every object what
+    became of it at the least IoU, all sizes, with the first kind of overlap: masks. A detection on a crowd is
+    ``ignored``, and its ``iou`` is the part of it that the crowd covers; so is a crowd without a detection.
+
     State: 44 bytes per detection (the best 100 of each image and class), 12 per object and 550 per image. 118,000
-    images with 94 detections each take 560 MB.
+    images with 94 detections each take 560 MB. What ``matches`` needs (24 bytes per detection, 8 per object) stands in
+    the state table alone.
     """
 
     name: ClassVar[str] = "coco-instance"
@@ -83,32 +78,26 @@ class CocoInstanceMetric:
     task_column: ClassVar[str] = "instances"
     truth_columns: ClassVar[tuple[str, ...]] = ("instances",)
     prediction_columns: ClassVar[tuple[str, ...]] = ("instances",)
-    state_columns: ClassVar[tuple[str, ...]] = ("detections", "matches_segm", "matches_bbox", "objects", "proposals")
+    state_columns: ClassVar[tuple[str, ...]] = state_columns(("segm", "bbox"))
+    accepts: ClassVar[frozenset[str]] = frozenset({"ious", "max_detections"})
     kinds: ClassVar[tuple[str, ...]] = ("segm", "bbox")
     """What overlaps are taken of: masks, boxes."""
 
     rules: ClassVar[Rules] = Rules()
+    """The official ones."""
 
-    def __init__(self, classes: ClassTable) -> None:
+    def __init__(self, classes: ClassTable, options: MetricOptions = DEFAULTS) -> None:
         """
         Raises:
-            ConfigError: no class is scored.
+            ConfigError: no class is scored, or an option is out of range.
         """
-        self.scored: tuple[ClassInfo, ...] = classes.scored
-        if not self.scored:
-            raise ConfigError(
-                f"protocol {self.name} needs classes, the samples name none", "name them and ingest again"
-            )
-        if self.rules.bits > _WORD:
-            problem = f"{len(self.rules.thresholds)} IoUs for {len(self.rules.ranges)} ranges of size are too many"
-            raise ConfigError(problem, f"a state holds {_WORD} combinations")
+        self.scored: tuple[ClassInfo, ...] = scored_classes(classes, self.name)
+        self._rules = rules_of(self.rules, options)
+        self._matcher = Matcher(classes, self._rules, self.kinds, _boundary(options))
+        self._layout = Layout(self.kinds, len(self._rules.proposals), self._rules.bits)
         self._ids = np.array(sorted(c.label_id for c in self.scored), np.int64)
         self._places: list[int] = np.searchsorted(self._ids, [c.label_id for c in self.scored]).tolist()
-        self._known = np.array([c.label_id for c in classes.classes], np.int64)
-        self._parts = parts(self.rules)
-        self._thresholds = np.minimum(self.rules.thresholds, _BELOW_ONE)
-        self._ranges = np.array(list(self.rules.ranges.values()), np.float64).ravel()
-        self._proposals = np.array(self.rules.proposals, np.int64)
+        self._parts = parts(self._rules)
 
     # -- one image -----------------------------------------------------------------------------------------------------
 
@@ -121,8 +110,8 @@ class CocoInstanceMetric:
         """
         same_size(truth, predicted)
         found = instances_of(predicted)
-        _check(found, truth)
-        return self._matched(truth, found)
+        check(found, truth)
+        return self._matcher.match(truth, found)
 
     def empty(self, truth: Row) -> Matches:
         """The same for an image that no row of masks is there for: nothing was found.
@@ -130,162 +119,28 @@ class CocoInstanceMetric:
         Raises:
             DataError: ``unknown-class``, ``bad-mask``.
         """
-        return self._matched(truth, NO_INSTANCES)
-
-    def _matched(self, row: Row, found: Instances) -> Matches:
-        objects = instances_of(row)
-        classes, object_classes = self._classes(found, row), self._classes(objects, row)
-        best = _scored(np.lexsort((-found.score, classes)), classes)
-        targets = _scored(np.argsort(object_classes, kind="stable"), object_classes)
-        best_of_all = best.regardless(np.argsort(-found.score[best.places], kind="stable"))
-        all_targets = targets.regardless(np.arange(len(targets.places)))
-        object_ranges = np.zeros(len(objects.area), np.uint64)
-        compiled("ranges_of")(objects.area, objects.crowd, self._ranges, object_ranges)
-        kept = _few(best.classes, self.rules.detections[-1])
-        matched, ignored, proposals = {}, {}, {}
-        for kind in self.kinds:
-            ious, areas = self._overlaps(kind, row, objects, found)
-            words = self._match(ious, areas, objects, (best, targets), self.rules.detections[-1])
-            matched[kind], ignored[kind] = (w[kept] for w in words)
-            hits, _ = self._match(ious, areas, objects, (best_of_all, all_targets), self.rules.proposals[-1])
-            proposals[kind] = np.zeros((1, len(self._proposals), self.rules.bits), np.uint16)
-            compiled("count_bits")(hits, self._proposals, proposals[kind][0])
-        places = best.places[kept]
-        return Matches(
-            images=(row.text("sample_id") or "",),
-            detections=np.array([len(places)]),
-            objects=np.array([len(targets.places)]),
-            category=found.category[places].astype(np.int32),
-            score=found.score[places],
-            matched=matched,
-            ignored=ignored,
-            object_category=objects.category[targets.places].astype(np.int32),
-            object_ranges=object_ranges[targets.places],
-            proposals=proposals,
-        )
-
-    def _classes(self, instances: Instances, row: Row) -> NDArray[np.int64]:
-        """Place of each one's label id among the scored ones, -1 for ignored classes."""
-        places = np.minimum(np.searchsorted(self._ids, instances.category), len(self._ids) - 1)
-        scored = self._ids[places] == instances.category
-        if scored.all():
-            return places
-        unknown = instances.category[~np.isin(instances.category, self._known)]
-        if len(unknown):
-            problem = f"sample {row.text('sample_id')} has an instance of class {unknown[0]}, which the samples lack"
-            raise DataError(problem, "give instances the samples' own label ids", "unknown-class")
-        return np.where(scored, places, -1)
-
-    def _overlaps(
-        self, kind: str, row: Row, objects: Instances, found: Instances
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """IoU of each detection with each object, and the detections' areas."""
-        ious = np.zeros((len(found.category), len(objects.category)))
-        if kind == "bbox":
-            compiled("box_overlaps")(found.boxes, objects.boxes, objects.crowd, ious)
-            return ious, found.boxes[2::4] * found.boxes[3::4]
-        height, width = row.number("height") or 0, row.number("width") or 0
-        areas = np.empty(len(found.category), np.int64)
-        masks = (found.text, found.starts, objects.text, objects.starts)
-        limits = (height, height * width, self._thresholds.min())
-        bad = compiled("mask_overlaps")(*masks, objects.crowd, *limits, areas, ious)
-        if bad >= 0:
-            raise _bad_mask(row, objects, found, bad)
-        return ious, areas.astype(np.float64)
-
-    def _match(
-        self,
-        ious: NDArray[np.float64],
-        areas: NDArray[np.float64],
-        objects: Instances,
-        orders: tuple[_Order, _Order],
-        most: int,
-    ) -> tuple[Words, Words]:
-        """``matched`` and ``ignored`` of the detections in their order, of which the best ``most`` of a class count."""
-        best, targets = orders
-        words = np.zeros(len(best.places), np.uint64), np.zeros(len(best.places), np.uint64)
-        sizes = (areas, objects.area, objects.crowd)
-        compiled("match")(ious, *best, *targets, *sizes, self._thresholds, self._ranges, most, *words)
-        return words
+        return self._matcher.match(truth, NO_INSTANCES)
 
     # -- many images ---------------------------------------------------------------------------------------------------
 
     def columns(self, states: Sequence[Matches | None]) -> Mapping[str, pa.Array]:
         """See ``schemas.STATE``."""
-        whole = self.merge(s for s in states if s is not None)
-        detections = [None if s is None else len(s.category) for s in states]
-        objects = [None if s is None else len(s.object_category) for s in states]
-        proposals = [None if s is None else len(self.kinds) * len(self._proposals) * self.rules.bits for s in states]
-        counts = np.concatenate([whole.proposals[kind] for kind in self.kinds], axis=1)
-        found = {
-            "detections": list_array("detections", [whole.category, whole.score], detections),
-            "objects": list_array("objects", [whole.object_category, whole.object_ranges], objects),
-            "proposals": list_array("proposals", [counts.ravel()], proposals),
-        }
-        for kind in self.kinds:
-            name = f"matches_{kind}"
-            found[name] = list_array(name, [whole.matched[kind], whole.ignored[kind]], detections)
-        return found
+        return columns(states, self._layout)
 
     def states(self, batch: pa.RecordBatch) -> list[Matches | None]:
         """Views on the batch's buffers."""
-        names = batch.column("sample_id").to_pylist()
-        valid = batch.column("detections").is_valid().to_pylist()
-        found = {name: lists_of(batch, name) for name in self.state_columns}
-        return [self._state(names[i], found, i) if valid[i] else None for i in range(batch.num_rows)]
-
-    def _state(self, name: str, found: Mapping[str, Lists], row: int) -> Matches:
-        (category, score), (object_category, object_ranges) = found["detections"].row(row), found["objects"].row(row)
-        words = {kind: found[f"matches_{kind}"].row(row) for kind in self.kinds}
-        (counts,) = found["proposals"].row(row)
-        by_kind = counts.reshape(len(self.kinds), 1, len(self._proposals), self.rules.bits)
-        return Matches(
-            images=(name,),
-            detections=np.array([len(category)]),
-            objects=np.array([len(object_category)]),
-            category=category,
-            score=score,
-            matched={kind: words[kind][0] for kind in self.kinds},
-            ignored={kind: words[kind][1] for kind in self.kinds},
-            object_category=object_category,
-            object_ranges=object_ranges,
-            proposals=dict(zip(self.kinds, by_kind, strict=True)),
-        )
+        return states_of(batch, self._layout)
 
     def merge(self, states: Iterable[Matches]) -> Matches:
         """One after the other: ``compute`` sorts the images."""
-        found = [self._nothing(), *states]
-
-        def joined(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
-            return np.concatenate(list(arrays))
-
-        return Matches(
-            images=tuple(name for s in found for name in s.images),
-            detections=joined(s.detections for s in found),
-            objects=joined(s.objects for s in found),
-            category=joined(s.category for s in found),
-            score=joined(s.score for s in found),
-            matched={kind: joined(s.matched[kind] for s in found) for kind in self.kinds},
-            ignored={kind: joined(s.ignored[kind] for s in found) for kind in self.kinds},
-            object_category=joined(s.object_category for s in found),
-            object_ranges=joined(s.object_ranges for s in found),
-            proposals={kind: joined(s.proposals[kind] for s in found) for kind in self.kinds},
-        )
-
-    def _nothing(self) -> Matches:
-        """State of no image."""
-        none, words, categories = np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int32)
-        by_kind = dict.fromkeys(self.kinds, words)
-        counts = np.empty((0, len(self._proposals), self.rules.bits), np.uint16)
-        proposals = dict.fromkeys(self.kinds, counts)
-        return Matches((), none, none, categories, np.empty(0), by_kind, by_kind, categories, words, proposals)
+        return merged(states, self._layout)
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
     def compute(self, total: Matches) -> list[Figure]:
         """Over all classes those of masks, then of boxes, then recall whatever the class; then by class."""
-        ranked, objects = ranking(total, self._ids), counted(total, self._ids, len(self.rules.ranges))
-        found = {kind: curves(total, kind, ranked, objects, self.rules) for kind in self.kinds}
+        ranked, objects = ranking(total, self._ids), counted(total, self._ids, len(self._rules.ranges))
+        found = {kind: curves(total, kind, ranked, objects, self._rules) for kind in self.kinds}
         whole = objects.sum(axis=0).tolist()
         figures = [
             Figure(f"{kind}_{name}", found[kind].mean(part), support=whole[part.range])
@@ -296,12 +151,18 @@ class CocoInstanceMetric:
             figures += self._of_proposals(kind, total, objects.sum(axis=0))
         return [*figures, *self._by_class(found, objects)]
 
+    def resampled(self, units: Sequence[Matches], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
+        """See ``base.Resamples``."""
+        owners = np.repeat(np.arange(len(units)), [len(u.images) for u in units])
+        names = {c.label_id: c.name for c in self.scored}
+        return resampled(self.merge(units), owners, times, self.kinds, self._rules, names)
+
     def _of_proposals(self, kind: str, total: Matches, objects: NDArray[np.int64]) -> list[Figure]:
-        shape = (len(self._proposals), len(self.rules.ranges), len(self.rules.thresholds))
+        shape = (len(self._rules.proposals), len(self._rules.ranges), len(self._rules.thresholds))
         hits = total.proposals[kind].sum(axis=0, dtype=np.int64).reshape(shape)
-        most = len(self._proposals) - 1
-        wanted = {str(n): Part(False, None, 0, place) for place, n in enumerate(self.rules.proposals)}
-        wanted |= {name: Part(False, None, place, most) for place, name in enumerate(self.rules.ranges) if place}
+        most = len(self._rules.proposals) - 1
+        wanted = {str(n): Part(False, None, 0, place) for place, n in enumerate(self._rules.proposals)}
+        wanted |= {name: Part(False, None, place, most) for place, name in enumerate(self._rules.ranges) if place}
         return [
             Figure(f"{kind}_proposal_ar_{name}", proposal_recall(hits, objects, part), support=int(objects[part.range]))
             for name, part in wanted.items()
@@ -336,47 +197,67 @@ class CocoInstanceMetric:
         precision = []
         for place in np.flatnonzero(objects):
             mine = slice(*np.searchsorted(classes, [place, place + 1]))
-            precision.append(average_precision(matched[mine], ignored[mine], objects[place], self.rules))
-        return ImageScore(float(np.mean(precision)) if precision else None, found)
+            precision.append(average_precision(matched[mine], ignored[mine], objects[place], self._rules))
+        score = float(np.mean(precision)) if precision else None
+        matches = None if state.partners is None else tuple(self._matches(state, state.partners, hit, wrong))
+        return ImageScore(score, found, matches)
+
+    def _matches(
+        self, state: Matches, partners: Arrays, hit: NDArray[np.bool_], wrong: NDArray[np.bool_]
+    ) -> Iterable[Match]:
+        """Of detections by class and the best first, then of the objects without any."""
+        names = {c.label_id: c.name for c in self.scored}
+        ids = partners.flat("object_ids").tolist()
+        place, overlap = partners.flat("partners"), partners.flat("ious").tolist()
+        number, score = partners.flat("detection_ids").tolist(), state.score.tolist()
+        outcomes = _outcomes(hit, wrong)
+        for i, (label, partner) in enumerate(zip(state.category.tolist(), place.tolist(), strict=True)):
+            truth = (ids[partner], overlap[i]) if partner >= 0 else (None, None)
+            yield Match(names[label], label, truth[0], number[i], truth[1], score[i], outcomes[i])
+        counts = ((state.object_ranges & _FIRST) != 0).tolist()
+        labels = state.object_category.tolist()
+        for i in sorted({*range(len(ids))} - {*place.tolist()}):
+            yield Match(names[labels[i]], labels[i], ids[i], None, None, None, "fn" if counts[i] else "ignored")
 
     def confusion(self, total: Matches) -> Confusion | None:
         """None: objects are matched with detections of their own class only."""
         return None
 
 
-def _scored(order: NDArray[np.int64], classes: NDArray[np.int64]) -> _Order:
-    """An order by class without those of class -1, which stand in front."""
-    first = int(np.count_nonzero(classes < 0))
-    return _Order(order[first:], classes[order[first:]])
+def _outcomes(hit: NDArray[np.bool_], wrong: NDArray[np.bool_]) -> list[Literal["tp", "fp", "fn", "ignored"]]:
+    return ["tp" if h else "fp" if w else "ignored" for h, w in zip(hit.tolist(), wrong.tolist(), strict=True)]
 
 
-def _few(classes: NDArray[np.int64], most: int) -> NDArray[np.bool_] | slice:
-    """The first ``most`` of each class; ``classes`` ascending."""
-    return ranks_of(classes) < most if len(classes) > most else slice(None)
+class CocoBoundaryMetric(CocoInstanceMetric):
+    """Protocol ``coco-boundary``: Boundary AP and AR, all bits those of boundary-iou-api (commit 37d2558).
+
+    ``boundary_ap`` and all that ``coco-instance`` has for masks. An overlap is the lesser of the IoU of two masks and
+    that of their boundaries: the pixels that erosion with a square of 3 x 3 takes away in d steps, where d is 2 % of
+    the image's diagonal, rounded (half to even), 1 at least; what lies outside the image is background. A crowd's
+    overlap is that of its mask. Everything else is ``COCOeval``'s: sizes are areas of masks.
+
+    Options: those of ``coco-instance``, and ``boundary``, the official ``dilation_ratio`` of .02.
+
+    What ``coco-instance`` says of its input, of ``matches`` and of the state holds here too; the words of boundaries
+    stand in the state table's column for masks.
+    """
+
+    name: ClassVar[str] = "coco-boundary"
+    source: ClassVar[str] = "boundary-iou-api 37d2558, COCOeval with boundary, float64"
+    headline: ClassVar[str] = "boundary_ap"
+    state_columns: ClassVar[tuple[str, ...]] = state_columns(("boundary",))
+    accepts: ClassVar[frozenset[str]] = frozenset({"ious", "max_detections", "boundary"})
+    kinds: ClassVar[tuple[str, ...]] = ("boundary",)
 
 
-def _check(found: Instances, row: Row) -> None:
-    wrong = np.flatnonzero(~((found.score >= 0) & (found.score <= 1)))
-    if len(wrong):
-        score, number = found.score[wrong[0]], found.ids[wrong[0]]
-        problem = f"sample {row.text('sample_id')}: detection {number} has the score {score}"
-        raise DataError(problem, "give scores from 0 to 1", "bad-score")
-    if len(set(found.ids.tolist())) < len(found.ids):
-        ids, times = np.unique(found.ids, return_counts=True)
-        problem = f"sample {row.text('sample_id')} has {times.max()} detections of id {ids[times.argmax()]}"
-        raise DataError(problem, "give each an id of its own", "duplicate-id")
+def _boundary(options: MetricOptions) -> float:
+    """Width of boundaries as a part of the diagonal.
 
-
-def _bad_mask(row: Row, objects: Instances, found: Instances, place: int) -> DataError:
-    """What is wrong with the mask of a detection, or of the object at ``place - len(found)``."""
-    from segbatch.codecs import rle
-
-    rest = place - len(found.ids)
-    what, owner, at = ("object", objects, rest) if rest >= 0 else ("detection", found, place)
-    try:
-        rle.check(owner.counts(at), row.number("height") or 0, row.number("width") or 0)
-        reason = "cannot be read"
-    except ValueError as error:
-        reason = str(error)
-    problem = f"sample {row.text('sample_id')}: the mask of {what} {owner.ids[at]}: {reason}"
-    return DataError(problem, "write that table again", "bad-mask")
+    Raises:
+        ConfigError: it is outside 0..1.
+    """
+    if options.boundary is None:
+        return BOUNDARY
+    if not 0 < options.boundary <= 1:
+        raise ConfigError(f"the boundary's width is {options.boundary}", "give a part of the diagonal, e.g. 0.02")
+    return options.boundary

@@ -6,7 +6,7 @@ Source: github.com/cocodataset/panopticapi (commit 7bb4655), ``panopticapi/evalu
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,19 @@ _VOID = -1
 
 _MATCH = 0.5
 """IoU above which two segments match, and share of a false segment above which it is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What panoptic evaluators differ in.
+
+    Attributes:
+        ignored_predictions: a predicted segment of an ignored class is ``void``, or ``refused``.
+        hint: what to do about a segment of a class that is refused.
+    """
+
+    ignored_predictions: Literal["void", "refused"] = "void"
+    hint: str = "the samples lack that class: give segments their label ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,7 @@ class CocoPanopticMetric:
     truth_columns: ClassVar[tuple[str, ...]] = ("panoptic", "segments")
     prediction_columns: ClassVar[tuple[str, ...]] = ("panoptic", "segments")
     state_columns: ClassVar[tuple[str, ...]] = ("segment_matches", "segment_errors")
+    rules: ClassVar[Rules] = Rules()
 
     def __init__(self, classes: ClassTable) -> None:
         """
@@ -142,7 +156,9 @@ class CocoPanopticMetric:
                 segment that is not listed; ``bad-annotation`` where a true segment is smaller than what is found of it.
         """
         same_size(truth, predicted)
-        left, right = self._map(truth, truth, "ground truth"), self._map(predicted, truth, "prediction")
+        refused = self._ignored if self.rules.ignored_predictions == "refused" else self._ignored[:0]
+        left = self._map(truth, truth, "ground truth", self._ignored[:0])
+        right = self._map(predicted, truth, "prediction", refused)
         *pair, pixels = runlength.joint_counts(left.runs, right.runs)
         meetings = _Meetings(pair[0].astype(np.intp), pair[1].astype(np.intp), pixels.astype(np.float64))
         hits, iou = _matches(left, right, meetings, truth)
@@ -160,7 +176,8 @@ class CocoPanopticMetric:
             fn=fn[wrong].astype(np.uint32),
         )
 
-    def _map(self, row: Row, truth: Row, what: str) -> _Map:
+    def _map(self, row: Row, truth: Row, what: str, refused: NDArray[np.int64]) -> _Map:
+        """A row's map and segments; label ids that are ``refused`` are as unknown as those that the samples lack."""
         segments, area = segments_of(row), (row.number("height") or 0) * (row.number("width") or 0)
         runs = run_columns.runs_at(row.column("panoptic"), row.index)
         if runs is None or int(runs.lengths.sum(dtype=np.uint64)) != area:
@@ -172,20 +189,22 @@ class CocoPanopticMetric:
         return _Map(
             runs,
             np.concatenate([[0], segments.ids]),
-            np.concatenate([[_VOID], self._classes(segments.category, truth, what)]),
+            np.concatenate([[_VOID], self._classes(segments.category, truth, what, refused)]),
             np.concatenate([[0.0], segments.area]),
             np.concatenate([[False], segments.crowd]),
         )
 
-    def _classes(self, category: NDArray[np.int64], truth: Row, what: str) -> NDArray[np.int64]:
+    def _classes(
+        self, category: NDArray[np.int64], truth: Row, what: str, refused: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
         """Place of each label id in ``scored``, ``_VOID`` for ignored ones."""
         found = np.searchsorted(self._label_ids, category, sorter=self._by_id)
         places = self._by_id[np.minimum(found, len(self.scored) - 1)]
         scored = self._label_ids[places] == category
-        unknown = category[~scored & ~np.isin(category, self._ignored)]
+        unknown = category[~scored & (~np.isin(category, self._ignored) | np.isin(category, refused))]
         if len(unknown):
             problem = f"sample {truth.text('sample_id')}: the {what} has a segment of class {unknown[0]}"
-            raise DataError(problem, "the samples lack that class: give segments their label ids", "unknown-class")
+            raise DataError(problem, self.rules.hint, "unknown-class")
         return np.where(scored, places, _VOID)
 
     def _errors(

@@ -18,20 +18,71 @@ from segbatch.records import ClassTable
 MetricFactory = Callable[..., Metric[Any]]
 
 BUILT_IN: Mapping[str, str] = {
+    "ade20k": "ade20k:Ade20kMetric",
+    "ade20k-present": "ade20k:Ade20kPresentMetric",
+    "bdd100k-drivable": "bdd100k_semantic:Bdd100kDrivableMetric",
+    "bdd100k-ins": "bdd100k_instance:Bdd100kInstanceMetric",
+    "bdd100k-lane": "bdd100k_lane:Bdd100kLaneMetric",
+    "bdd100k-pan": "bdd100k_panoptic:Bdd100kPanopticMetric",
+    "bdd100k-sem": "bdd100k_semantic:Bdd100kSemanticMetric",
+    "binary": "binary:BinaryMetric",
+    "boundary-iou": "boundary_iou:BoundaryIouMetric",
+    "calibration": "calibration:CalibrationMetric",
+    "calibration-instance": "calibration:CalibrationInstanceMetric",
     "camvid": "camvid:CamVidMetric",
     "camvid-strict": "camvid:CamVidStrictMetric",
+    "ccp": "ccp:CcpMetric",
+    "cityscapes": "cityscapes:CityscapesMetric",
+    "cityscapes-instance": "cityscapes_instance:CityscapesInstanceMetric",
+    "cityscapes-panoptic": "cityscapes_panoptic:CityscapesPanopticMetric",
+    "coco-boundary": "coco_instance:CocoBoundaryMetric",
     "coco-instance": "coco_instance:CocoInstanceMetric",
     "coco-panoptic": "coco_panoptic:CocoPanopticMetric",
+    "coco-stuff": "coco_stuff:CocoStuffMetric",
+    "coco-stuff-91": "coco_stuff:CocoStuff91Metric",
+    "kitti": "kitti:KittiMetric",
+    "kitti-instance": "kitti_instance:KittiInstanceMetric",
+    "label-errors": "label_errors:LabelErrorsMetric",
+    "label-errors-instance": "label_errors:LabelErrorsInstanceMetric",
+    "lits": "lits:LitsMetric",
+    "pascal-context": "pascal:PascalContextMetric",
+    "pascal-context-59": "pascal:PascalContext59Metric",
+    "pascal-context-60": "pascal:PascalContext60Metric",
+    "pascal-voc": "pascal:PascalVocMetric",
+    "pratheepan": "pratheepan:PratheepanMetric",
     "semantic": "semantic:SemanticMetric",
+    "tide": "tide:TideMetric",
+    "semantic-errors": "semantic_errors:SemanticErrorsMetric",
 }
 """Module and class of every protocol that comes with segbatch."""
 
 _DEFAULTS = {
+    "ade20k": "ade20k",
+    "bdd100k-drivable": "bdd100k-drivable",
+    "bdd100k-ins": "bdd100k-ins",
+    "bdd100k-lane": "bdd100k-lane",
+    "bdd100k-pan": "bdd100k-pan",
+    "bdd100k-sem": "bdd100k-sem",
     "camvid": "camvid",
+    "ccp": "ccp",
+    "cityscapes": "cityscapes",
     "coco-instances": "coco-instance",
     "coco-panoptic": "coco-panoptic",
+    "coco-stuff": "coco-stuff",
+    "kitti": "kitti",
+    "lits": "lits",
+    "pascal-context": "pascal-context",
+    "pascal-voc": "pascal-voc",
+    "pratheepan": "pratheepan",
 }
 """The official protocol of every dataset that has one, by the dataset's name."""
+
+_OF_ONE_TASK = {
+    ("cityscapes", "instance"): "cityscapes-instance",
+    ("cityscapes", "panoptic"): "cityscapes-panoptic",
+    ("kitti", "instance"): "kitti-instance",
+}
+"""The same for samples that have a single task."""
 
 _BY_TASK = {"instance": "coco-instance", "panoptic": "coco-panoptic"}
 
@@ -45,8 +96,10 @@ def names() -> list[str]:
 
 def default_protocol(dataset_name: str, tasks: Sequence[str] = ()) -> str:
     """The dataset's official protocol; else COCO's where its only task has one, else ``semantic``."""
-    only = _BY_TASK.get(tasks[0], "semantic") if len(tasks) == 1 else "semantic"
-    return _DEFAULTS.get(dataset_name, only)
+    if len(tasks) != 1:
+        return _DEFAULTS.get(dataset_name, "semantic")
+    usual = _DEFAULTS.get(dataset_name, _BY_TASK.get(tasks[0], "semantic"))
+    return _OF_ONE_TASK.get((dataset_name, tasks[0]), usual)
 
 
 @functools.cache

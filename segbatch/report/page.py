@@ -38,6 +38,17 @@ _CARDS = (
     ("rq", "recognition quality"),
     ("pq_things", "PQ of things"),
     ("pq_stuff", "PQ of stuff"),
+    ("miiou", "mean instance-weighted IoU"),
+    ("category_miou", "mean IoU of categories"),
+    ("ap", "mask AP"),
+    ("ap50", "mask AP at IoU .50"),
+    ("mean_boundary_iou", "mean boundary IoU"),
+    ("miou_present", "mean IoU of classes that are there"),
+    ("pooled_f1", "F1 of all pixels"),
+    ("image_mean_f1", "F1, mean over images"),
+    ("lesion_dice_per_case", "lesion Dice, mean over cases"),
+    ("lesion_dice_global", "lesion Dice of all voxels"),
+    ("liver_dice_per_case", "liver Dice, mean over cases"),
 )
 _PER_CLASS = {
     "iou": "IoU",
@@ -54,6 +65,10 @@ _PER_CLASS = {
     "pq": "PQ",
     "sq": "SQ",
     "rq": "RQ",
+    "iiou": "iIoU",
+    "boundary_iou": "Boundary IoU",
+    "ap": "AP",
+    "ap50": "AP50",
 }
 """Figures by class that the page shows, and the heads of their columns."""
 

@@ -39,6 +39,9 @@ MISSING = "missing"
 COUNTED_EMPTY = "counted-empty"
 """The same where the protocol takes them for images in which nothing was found; status of their ``images`` rows."""
 
+NO_CONFIDENCE = "no-confidence"
+"""Status of masks without the pixels' probabilities, of protocols that need them."""
+
 _ABSENT, _SCORED, _UNLABELLED, _FAILED = range(4)
 _FATES = {OK: _SCORED, NO_LABEL: _UNLABELLED}
 _HARMLESS = (OK, NO_LABEL, UNKNOWN_SAMPLE, COUNTED_EMPTY)
@@ -117,9 +120,14 @@ def finish(
     if empty is not None:
         images[COUNTED_EMPTY] = images.pop(MISSING)
     _check(census, chosen, images, masks, missing)
-    totals = Totals(metric, slices.slicings(samples, analysis.slices), analysis.by if analysis.resamples else None)
+    totals = Totals(
+        metric,
+        slices.slicings(samples, analysis.slices),
+        analysis.by if analysis.resamples else None,
+        missing != "error",
+    )
     _write_images(root, metric, chosen, empty, totals)
-    total = totals.whole.total()
+    total = totals.whole()
     if empty is not None and empty.unlabelled:
         images[COUNTED_EMPTY] -= empty.unlabelled
         images[NO_LABEL] = images.get(NO_LABEL, 0) + empty.unlabelled
@@ -217,7 +225,9 @@ def _remedy(bad: dict[str, int], masks: str) -> str:
     if bad.get(MISSING):
         steps.append("run the predict command again over all samples")
         steps.append("evaluate what is there so far with `--partial`")
-    if set(bad) - {*failed, MISSING}:
+    if bad.get(NO_CONFIDENCE):
+        steps.append("predict into a new output with `--confidence`")
+    if set(bad) - {*failed, MISSING, NO_CONFIDENCE}:
         steps.append("predict again on the photos that were ingested")
     return " or ".join([*steps, "leave them out with `--missing skip`"])
 

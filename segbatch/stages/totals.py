@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from segbatch.errors import ConfigError
 from segbatch.metrics import bootstrap
-from segbatch.metrics.base import Metric
+from segbatch.metrics.base import FoldsGroups, Metric
 from segbatch.records import Figure
 from segbatch.stages import slices
 
@@ -58,16 +58,29 @@ class Tally(Generic[S]):
 class Totals(Generic[S]):
     """Merged states: of everything, of every slice, and of what the bootstrap draws."""
 
-    def __init__(self, metric: Metric[S], slicings: Sequence[slices.Slicing] = (), by: By | None = None) -> None:
-        """``by`` says what to keep for a bootstrap; None: nothing."""
+    def __init__(
+        self,
+        metric: Metric[S],
+        slicings: Sequence[slices.Slicing] = (),
+        by: By | None = None,
+        whole_groups: bool = False,
+    ) -> None:
+        """
+        Args:
+            metric: the evaluator.
+            slicings: ways to cut the data.
+            by: what to keep for a bootstrap; None: nothing.
+            whole_groups: leave groups out of which images are missing, where the metric is one of groups.
+        """
         self._metric, self._slicings, self._by = metric, slicings, by
-        self.whole = Tally(metric)
+        self._whole_groups = whole_groups
+        self._tally = Tally(metric)
         self._slices: dict[tuple[str, str], Tally[S]] = {}
         self._units: dict[str, list[S]] = {}
 
     def add(self, batch: pa.RecordBatch, states: Sequence[S | None]) -> None:
         """Add rows with the columns that ``images`` has in common with the state table, and their states."""
-        self.whole.add(s for s in states if s is not None)
+        self._tally.add(s for s in states if s is not None)
         names, groups = batch.column("sample_id").to_pylist(), batch.column("group_id").to_pylist()
         for slicing in self._slicings:
             parts: dict[str, list[S]] = {}
@@ -81,6 +94,16 @@ class Totals(Generic[S]):
                 if state is not None:
                     self._units.setdefault(group or name if self._by == "group" else name, []).append(state)
 
+    def whole(self) -> S:
+        """The state of everything."""
+        return self._settled(self._tally.total())
+
+    def _settled(self, state: S) -> S:
+        if self._whole_groups and isinstance(self._metric, FoldsGroups):
+            settled: S = self._metric.complete(state)
+            return settled
+        return state
+
     def units(self) -> dict[str, S]:
         """State of everything that the bootstrap draws, by name.
 
@@ -90,7 +113,7 @@ class Totals(Generic[S]):
         if len(self._units) < 2:
             problem = f"intervals need two or more groups or images to draw from, there is {len(self._units)}"
             raise ConfigError(problem, "draw images with --bootstrap-by image, or leave --bootstrap out")
-        return {name: self._metric.merge(states) for name, states in self._units.items()}
+        return {name: self._settled(self._metric.merge(states)) for name, states in self._units.items()}
 
     def figures(self, total: S, analysis: Analysis) -> list[Figure]:
         """All figures: those of everything, with intervals if asked for, then slice by slice in order."""
@@ -101,7 +124,7 @@ class Totals(Generic[S]):
             found = [_with_interval(f, spans.get((f.metric, f.class_name))) for f in found]
         order = {s.name: i for i, s in enumerate(self._slicings)}
         for (name, label), tally in sorted(self._slices.items(), key=lambda item: (order[item[0][0]], item[0][1])):
-            found += [replace(f, slice=f"{name}={label}") for f in self._metric.compute(tally.total())]
+            found += [replace(f, slice=f"{name}={label}") for f in self._metric.compute(self._settled(tally.total()))]
         return found
 
 

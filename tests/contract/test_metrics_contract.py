@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from segbatch import schemas
-from segbatch.codecs import columns, rle, runlength
+from segbatch.codecs import columns, png, rle, runlength
+from segbatch.datasets import tables
 from segbatch.metrics import registry
 from segbatch.metrics.base import Metric, Row
 from segbatch.records import ClassInfo, ClassTable
@@ -19,8 +20,25 @@ VOID = 11
 PLAIN = ClassTable(
     (*(ClassInfo(i, f"class{i}", isthing=i < 6) for i in range(11)), ClassInfo(VOID, "void", ignore=True))
 )
-TABLES: dict[str, ClassTable] = {}
+TABLES: dict[str, ClassTable] = {
+    **dict.fromkeys(("ade20k", "ade20k-present"), tables.load("ade20k")),
+    **{name: tables.load(name) for name in (f"bdd100k-{task}" for task in ("sem", "drivable", "ins", "pan", "lane"))},
+    **dict.fromkeys(("binary", "pratheepan"), tables.load("pratheepan")),
+    "ccp": tables.load("ccp"),
+    **{f"cityscapes{level}": tables.load("cityscapes") for level in ("", "-instance", "-panoptic")},
+    **dict.fromkeys(("coco-stuff", "coco-stuff-91"), tables.load("coco-stuff")),
+    **dict.fromkeys(("kitti", "kitti-instance"), tables.load("kitti")),
+    "lits": tables.load("lits"),
+    **dict.fromkeys(("pascal-context", "pascal-context-60"), tables.load("pascal-context-60")),
+    "pascal-context-59": tables.load("pascal-context-59"),
+    "pascal-voc": tables.load("pascal-voc"),
+}
 """Class tables of the protocols that want their own dataset's."""
+
+OF_ALL = {"ade20k", "bdd100k-pan", "cityscapes-panoptic", "pascal-voc"}
+"""Protocols whose means want every class: an absent one makes them smaller, or undefined."""
+OF_LARGE = {"cityscapes-instance", "kitti-instance"}
+"""Protocols that count things of 100 pixels or more, alone."""
 
 IMAGES = 7
 
@@ -33,16 +51,18 @@ class Case:
 
     Attributes:
         ids: up to eleven of the scored label ids, and then an ignored one, or one more.
+        size: height and width of the maps.
     """
 
     metric: Metric[Any]
     classes: ClassTable
     ids: tuple[int, ...]
+    size: tuple[int, int]
 
     def maps(self, seed: int) -> list[Map]:
         generator = np.random.default_rng(seed)
         ids = np.array(self.ids, np.uint16)
-        return [ids[generator.integers(0, len(ids), (6, 9))] for _ in range(IMAGES)]
+        return [ids[generator.integers(0, len(ids), self.size)] for _ in range(IMAGES)]
 
     def rows(self, maps: list[Map], schema: pa.Schema) -> pa.RecordBatch:
         return batch_of(maps, schema, self.classes.ignore_ids)
@@ -52,8 +72,11 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Case:
     classes = TABLES.get(request.param, PLAIN)
     scored = [c.label_id for c in classes.scored]
-    ids = (*scored[:11], *[*classes.ignore_ids, *scored[11:]][:1])
-    return Case(registry.make(request.param, classes), classes, ids)
+    few, size = (len(scored), (24, 36)) if request.param in OF_ALL | OF_LARGE else (11, (6, 9))
+    if request.param in OF_LARGE:
+        size = (48, 72)
+    ids = (*scored[:few], *[*classes.ignore_ids, *scored[few:]][:1])
+    return Case(registry.make(request.param, classes), classes, ids, size)
 
 
 @pytest.fixture
@@ -91,6 +114,8 @@ def batch_of(maps: list[Map], schema: pa.Schema, void: Sequence[int]) -> pa.Reco
     height, width = maps[0].shape
     same: dict[str, Any] = {"image_uri": "", "etag": "", "status": "ok", "model_digest": "", "group_id": "v"}
     same |= {"height": height, "width": width}
+    sure = png.encode_grey(np.full((height, width), 255))
+    same["confidence"] = {"height": height, "width": width, "png": sure}
     objects = [objects_of(m, void) for m in maps]
     volume = {"slices": len(maps), "spacing_mm": [0.7, 0.7, 2.5], "slope": 1.0, "intercept": 0.0, "dtype": "int16"}
     made = {

@@ -1,7 +1,8 @@
 """BDD100K on real label files of its toolkit and of scalabel: published figures, and what other tools make of them.
 
 ``shared_data`` data/bdd100k: bitmasks, masks with the RLE that ``bdd100k.label.to_rle`` made of them, lane masks, a
-frame of ground truth with a prediction whose mIoU scalabel's own tests state, and seven photos.
+frame of ground truth with a prediction whose mIoU scalabel's own tests state, and seven photos. The protocols print
+these figures, and what the official rules (``bdd100k_cases``) make of the files.
 """
 
 import json
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bdd100k_cases as cases
 import numpy as np
 import pytest
 import trees_bdd100k as trees
@@ -23,12 +25,25 @@ from segbatch.datasets.base import Dataset
 from segbatch.datasets.tree import Tree
 from segbatch.formats import bdd100k as formats
 from segbatch.formats.base import Format
+from segbatch.metrics import registry
 from segbatch.records import Prediction, Sample
 
 SharedData = Callable[[str], Path]
 NAME = "7d06fefd-f7be05a6"
 MEAN_IOU, PIXEL_ACCURACY = 77.69367702513847, 97.59265266143856
 """scalabel, tests/eval/sem_seg_test.py."""
+
+LANE_SCORES = np.array(
+    [
+        *([70.53328267, 80.9831119, 100.0], [100.0, 100.0, 100.0]),
+        *([70.53328267, 80.9831119, 100.0], [100.0, 100.0, 100.0]),
+        *([99.82147748, 100.0, 100.0], [100.0, 100.0, 100.0], [100.0, 100.0, 100.0], [75.33066961, 79.34917317, 100.0]),
+        *([71.02916505, 86.25984707, 100.0], [100.0, 100.0, 100.0], [96.43828133, 100.0, 100.0]),
+        *([94.79621737, 100.0, 100.0], [85.26664133, 90.49155595, 100.0], [85.26664133, 90.49155595, 100.0]),
+        *([92.17697636, 95.70112753, 100.0], [87.57008634, 92.22807981, 100.0]),
+    ]
+)
+"""bdd100k, tests/eval/lane_test.py: per cent at 1, 2 and 5 pixels, by kind, by task, and their mean."""
 
 CLASSES = tables.load("bdd100k-sem").scored
 
@@ -87,6 +102,76 @@ def test_the_published_miou_follows_from_what_is_read(data: Path, frame_tree: Pa
     there = joint[:19].sum(axis=1) > 0
     assert abs(100 * (hits[there] / union[there]).mean() - MEAN_IOU) < 1e-9
     assert abs(100 * hits.sum() / joint.sum() - PIXEL_ACCURACY) < 1e-9
+
+
+def figures(protocol: str, states: list[Any]) -> cases.Figures:
+    metric = registry.make(protocol, tables.load(protocol))
+    found = metric.compute(metric.merge([metric.update(*rows) for rows in states]))
+    return {(f.metric, f.class_name): f.value for f in found}
+
+
+@pytest.mark.parametrize(
+    ("predictions", "miou", "accuracy"),
+    [("sem_seg_preds", MEAN_IOU, PIXEL_ACCURACY), ("sem_seg_preds_empty", 0.0, 0.0)],
+)
+def test_the_protocol_prints_the_published_miou_in_all_digits(
+    predictions: str, miou: float, accuracy: float, data: Path, frame_tree: Path
+) -> None:
+    dataset = bdd100k.SemanticSegmentation()
+    truth = samples(dataset, frame_tree)[NAME].semantic
+    (found,) = imported(formats.SemanticSegmentation(), data / f"sem_seg_rle/{predictions}.json", dataset, frame_tree)
+    assert truth is not None and found.semantic is not None
+    rows = [cases.semantic_row("samples", NAME, truth), cases.semantic_row("masks", NAME, found.semantic)]
+    values = figures("bdd100k-sem", [rows])
+    assert [100 * (values[name, ""] or 0) for name in ("miou", "global_accuracy")] == [miou, accuracy]
+
+
+def test_the_protocol_prints_the_published_scores_of_lanes(data: Path) -> None:
+    pairs = {p.stem: (pixels(p), pixels(data / "lane/res" / p.name)) for p in (data / "lane/gts").iterdir()}
+    rows = [(cases.lane_row("samples", n, t), cases.lane_row("masks", n, p)) for n, (t, p) in pairs.items()]
+    values = figures("bdd100k-lane", rows)
+    kinds = [*cases.DIRECTIONS, *cases.STYLES, *(c.name for c in tables.load("bdd100k-lane").scored)]
+    names = [*(("", kind) for kind in kinds), *((f"_{t}", "") for t in ("direction", "style", "category")), ("", "")]
+    found = [[100 * (values[f"f1_pix{d}{suffix}", kind] or 0) for d in (1, 2, 5)] for suffix, kind in names]
+    assert np.abs(np.array(found) - LANE_SCORES).max() < 5.1e-9  # as many digits as are printed there
+
+
+def test_real_lanes_are_scored_by_the_official_rule_to_the_last_bit(data: Path) -> None:
+    """Of the image with the most kinds of lanes, the columns that hold most of them."""
+    name = "fe189115-9981a740"
+    truth, found = (pixels(data / f"lane/{folder}/{name}.png")[:, 300:900] for folder in ("gts", "res"))
+    found = np.roll(found, (2, 7), (0, 1))
+    values = figures("bdd100k-lane", [(cases.lane_row("samples", name, truth), cases.lane_row("masks", name, found))])
+    official = cases.official_lanes([(truth, found)], [c.name for c in tables.load("bdd100k-lane").scored])
+    assert values == {key: (value or 0.0) / 100 for key, value in official.items()}
+    assert 0 < (values["f1_pix1", ""] or 0) < (values["f1_pix5", ""] or 0) < 1
+
+
+def test_real_objects_are_scored_by_the_official_rule_to_the_last_bit(data: Path) -> None:
+    truth = pixels(data / "to_rle/ins_seg/masks/0.png")[::2, ::2]
+    (entry,) = json.loads((data / "to_rle/ins_seg/scores.json").read_text())
+    scores = [(s["index"], s["score"]) for s in entry["labels"]]
+    found = np.roll(truth, (1, -2), (0, 1))
+    states = [cases.instance_rows("0", truth, found, scores)]
+    names = [c.name for c in tables.load("bdd100k-ins").scored]
+    values = figures("bdd100k-ins", states)
+    assert values == cases.official_instances([(truth, found, scores)], names)
+    assert 0.2 < (values["segm_ap", ""] or 0) < 1
+
+
+def test_real_segments_are_scored_by_the_official_rule_to_the_last_bit(data: Path) -> None:
+    """The 60 labels of the frame as a bitmask, against themselves moved by some pixels."""
+    (frame,) = json.loads((data / "sem_seg_rle/sem_seg_sample.json").read_text())
+    found = bdd100k_frames.panoptic(bdd100k_frames.decode(json.dumps(frame), ""), (720, 1280), "")
+    segments = found.segments or ()
+    colors = np.array([(0, 0, 0, 0), *((s.category_id, 0, s.id // 256, s.id % 256) for s in segments)], np.uint8)
+    truth = colors[np.asarray(found.panoptic)[::2, ::2]]
+    moved = np.roll(truth, (3, 5), (0, 1))
+    classes = {c.label_id: (c.name, c.isthing) for c in tables.load("bdd100k-pan").scored}
+    official = cases.official_panoptic([(truth, moved)], classes)
+    values = figures("bdd100k-pan", [cases.panoptic_rows(NAME, truth, moved)])
+    assert values == {key: value if value is None else value / 100 for key, value in official.items()}
+    assert 0.3 < (values["pq", ""] or 0) < 0.95 and len(segments) > 20
 
 
 def test_the_frames_read_as_pycocotools_reads_them(data: Path, frame_tree: Path) -> None:

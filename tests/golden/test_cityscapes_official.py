@@ -1,6 +1,7 @@
-"""Cityscapes' own scripts, version 2.3.0, on exported ground truth: all scores perfect, panoptic files equal.
+"""Cityscapes' own scripts, version 2.3.0, on exported files.
 
-The evaluators find the files themselves, as they do on the server.
+Of ground truth all scores are perfect, and panoptic files are equal; of wrong predictions segbatch's figures are
+theirs, all bits. The evaluators find the files themselves, as they do on the server.
 """
 
 import copy
@@ -9,20 +10,27 @@ import importlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import trees_cityscapes as trees
+from cityscapes_cases import row_of, value_of
+from coco_cases import row_of as panoptic_row
 from generators import photo, save
 from PIL import Image
 
+from segbatch.codecs import rle
 from segbatch.datasets import tables
 from segbatch.datasets.cityscapes import Cityscapes as CityscapesData
 from segbatch.datasets.tree import Tree
 from segbatch.formats.base import Labels
 from segbatch.formats.cityscapes import Cityscapes, CityscapesInstances, CityscapesPanoptic
+from segbatch.metrics import registry
+from segbatch.metrics.base import Row
+from segbatch.records import Instance
 
 pytest.importorskip("cityscapesscripts", reason="cityscapesScripts is not installed")
 
@@ -148,3 +156,118 @@ def test_label_files_are_those_that_the_official_script_draws(tmp_path: Path) ->
     found = [(i.id, i.category_id, i.iscrowd) for i in sample.instances or ()]
     assert found == [(26, 26, True), (24000, 24, False), (26000, 26, False), (26001, 26, False), (30000, 30, False)]
     assert [s.id for s in sample.segments or ()] == [7, 26, 24000, 26000, 26001]
+
+
+# -- wrong predictions -----------------------------------------------------------------------------------------------
+
+
+def wrong(row: Labels, seed: int) -> Labels:
+    """A prediction: everything some pixels to the right, with noise; two detections of each object."""
+    assert row.semantic is not None and row.panoptic is not None
+    rng = np.random.default_rng(seed)
+    semantic = np.roll(row.semantic, 2, axis=1)
+    semantic[rng.random(semantic.shape) < 0.1] = 11
+    panoptic = np.roll(row.panoptic, 2, axis=1)
+    found: list[Instance] = []
+    for instance in (i for i in row.instances or () if not i.iscrowd):
+        mask = rle.decode(instance.counts, row.height, row.width)
+        for shift in (1, 3):
+            moved = np.roll(mask, shift, axis=1)
+            number, score = len(found) + 1, float(rng.choice([0.3, 0.6, rng.random()]))
+            found.append(replace(instance, id=number, counts=rle.encode(moved), score=score))
+    segments = tuple(replace(s, iscrowd=False) for s in row.segments or ())
+    return replace(row, semantic=semantic, instances=tuple(found), panoptic=panoptic, segments=segments, is_truth=False)
+
+
+def both(root: Path) -> tuple[list[Labels], list[Labels]]:
+    rows = val(root)
+    return rows, [wrong(row, seed) for seed, row in enumerate(rows)]
+
+
+def figures(protocol: str, pairs: list[tuple[Row, Row]]) -> dict[tuple[str, str], float | None]:
+    metric = registry.make(protocol, tables.load("cityscapes"))
+    total = metric.merge([metric.update(*pair) for pair in pairs])
+    return {(f.metric, f.class_name): f.value for f in metric.compute(total)}
+
+
+def as_rows(truth: list[Labels], predicted: list[Labels]) -> list[tuple[Row, Row]]:
+    sides = [
+        [row_of(table, r.sample_id, r.semantic, [asdict(i) for i in r.instances or ()]) for r in rows]
+        for table, rows in (("samples", truth), ("masks", predicted))
+    ]
+    return list(zip(*sides, strict=True))
+
+
+def test_wrong_predictions_have_the_official_pixel_level_figures(root: Path, tmp_path: Path) -> None:
+    official = importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+
+    truth, predicted = both(root)
+    folder = trees.write(Cityscapes(), predicted, tmp_path / "results")
+    args, files = arguments(official, root, folder, tmp_path)
+    results = official.evaluateImgLists([official.getPrediction(args, f) for f in files], files, args)
+    found = figures("cityscapes", as_rows(truth, predicted))
+    assert found["miou", ""] == results["averageScoreClasses"] < 1
+    assert found["miiou", ""] == results["averageScoreInstClasses"] < 1
+    assert found["category_miou", ""] == results["averageScoreCategories"] < 1
+    assert found["category_miiou", ""] == results["averageScoreInstCategories"] < 1
+    for name, theirs in (("iou", "classScores"), ("iiou", "classInstScores")):
+        ours = {c: v for (metric, c), v in found.items() if metric == name}
+        assert ours == {c: value_of(results[theirs][c]) for c in ours}
+
+
+def test_wrong_predictions_have_the_official_instance_level_figures(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official = importlib.import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
+    monkeypatch.setattr(official, "writeDict2JSON", lambda content, file: None)  # its side files; fails with NumPy 2
+
+    truth, predicted = both(root)
+    folder = trees.write(CityscapesInstances(), predicted, tmp_path / "results")
+    args, files = arguments(official, root, folder, tmp_path)
+    averages = official.evaluateImgLists([official.getPrediction(f, args) for f in files], files, args)["averages"]
+    found = figures("cityscapes-instance", as_rows(truth, predicted))
+    assert 0 < averages["allAp"] < 1
+    assert (found["ap", ""], found["ap50", ""]) == (averages["allAp"], averages["allAp50%"])
+    for name, theirs in (("ap", "ap"), ("ap50", "ap50%")):
+        ours = {c: v for (metric, c), v in found.items() if metric == name and c}
+        assert ours == {c: value_of(a[theirs]) for c, a in averages["classes"].items()}
+
+
+def test_wrong_predictions_have_the_official_panoptic_figures(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = importlib.import_module("cityscapesscripts.evaluation.evalPanopticSemanticLabeling")
+
+    truth, predicted = both(root)
+    folders = [trees.write(CityscapesPanoptic(), rows, tmp_path / n) for n, rows in (("t", truth), ("p", predicted))]
+    documents = [json.loads((f / "cityscapes_panoptic_val.json").read_text()) for f in folders]
+    pairs = list(zip(*(d["annotations"] for d in documents), strict=True))
+    categories = {c["id"]: c for c in documents[0]["categories"]}
+    maps = [str(f / "cityscapes_panoptic_val") for f in folders]
+    results = official.average_pq(official.pq_compute_single_core(0, pairs, *maps, categories), categories)
+    capsys.readouterr()
+    rows = [
+        tuple(
+            panoptic_row(
+                table,
+                {
+                    "sample_id": r.sample_id,
+                    "height": r.height,
+                    "width": r.width,
+                    "panoptic": r.panoptic,
+                    "segments": [asdict(s) for s in r.segments or ()],
+                },
+            )
+            for table, r in (("samples", one), ("masks", other))
+        )
+        for one, other in zip(truth, predicted, strict=True)
+    ]
+    found = figures("cityscapes-panoptic", [(a, b) for a, b in rows])
+    assert 0 < results["All"]["pq"] < 1
+    for theirs, suffix in (("All", ""), ("Things", "_things"), ("Stuff", "_stuff")):
+        assert [found[f"{n}{suffix}", ""] for n in ("pq", "sq", "rq")] == [
+            results[theirs][n] for n in ("pq", "sq", "rq")
+        ]
+    names = {c.label_id: c.name for c in tables.load("cityscapes").scored}
+    for label, values in results["per_class"].items():
+        assert [found[n, names[label]] or 0.0 for n in ("pq", "sq", "rq")] == [values[n] for n in ("pq", "sq", "rq")]

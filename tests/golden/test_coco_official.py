@@ -33,9 +33,11 @@ from pycocotools.coco import COCO
 
 from segbatch import api, cli, storage, tables
 from segbatch.config import EngineConfig, PlanConfig, RunOptions
-from segbatch.errors import IncompleteRunError
+from segbatch.errors import ConfigError, IncompleteRunError
 from segbatch.jobs import Limits
-from segbatch.metrics.coco_instance import CocoInstanceMetric
+from segbatch.metrics import registry
+from segbatch.metrics.base import MetricOptions
+from segbatch.metrics.coco_instance import CocoBoundaryMetric, CocoInstanceMetric
 from segbatch.metrics.coco_panoptic import CocoPanopticMetric
 from segbatch.records import ClassInfo, ClassTable, Figure
 from segbatch.report import write_report
@@ -183,6 +185,45 @@ def test_from_files_to_figures(
     assert "18 more figures by class are in the summary table" in printed
 
 
+def test_every_object_and_detection_has_a_match(instances: tuple[Path, Case], tmp_path: Path) -> None:
+    root, case = instances
+    out = str(tmp_path / "metrics")
+    api.evaluate(str(root / "masks"), str(root / "samples"), out, options=INLINE)
+    rows = api.query(out, "SELECT sample_id, unnest(matches, recursive := true) FROM images").to_pylist()
+    assert len([r for r in rows if r["predicted_id"] is not None]) == len(case.results)
+    for image in case.images:
+        mine = [r for r in rows if r["sample_id"] == str(image["id"])]
+        found = [r["truth_id"] for r in mine if r["outcome"] in ("tp", "fn")]
+        crowds = {r["truth_id"] for r in mine if r["outcome"] == "ignored"} - {None}
+        objects = [a for a in case.annotations if a["image_id"] == image["id"]]
+        assert sorted(found) == sorted(a["id"] for a in objects if not a["iscrowd"])
+        assert crowds == {a["id"] for a in objects if a["iscrowd"]}
+    counted = "SELECT sum(c.tp), sum(c.fp), sum(c.fn) FROM (SELECT unnest(classes) c FROM images)"
+    told = "SELECT count(*) FILTER (m.outcome = '{}') FROM (SELECT unnest(matches) m FROM images)"
+    (counts,) = (tuple(r.values()) for r in api.query(out, counted).to_pylist())
+    matches = (api.query(out, told.format(o)).to_pylist()[0] for o in ("tp", "fp", "fn"))
+    assert tuple(next(iter(m.values())) for m in matches) == counts
+
+
+def test_options_boundaries_and_errors_from_files(instances: tuple[Path, Case], tmp_path: Path) -> None:
+    root, case = instances
+    masks, samples = str(root / "masks"), str(root / "samples")
+    chosen = MetricOptions(ious=(0.25, 0.5), max_detections=(2,))
+    found = by_name(api.evaluate(masks, samples, str(tmp_path / "loose"), metric=chosen, options=INLINE).figures)
+    assert {"segm_ap", "segm_ap50", "segm_ar_2"} <= {name for name, _ in found}
+    assert not {"segm_ap75", "segm_ar_100"} & {name for name, _ in found}
+    names = {"coco-boundary": "boundary_proposal_ar_10", "tide": "segm_ap50"}
+    for protocol, name in names.items():
+        out = str(tmp_path / protocol)
+        found = by_name(api.evaluate(masks, samples, out, protocol=protocol, options=INLINE).figures)
+        again = registry.make(protocol, case.classes)
+        total = again.merge([again.update(*pair) for pair in instance_rows(case)])
+        assert found[name, ""] == by_name(again.compute(total))[name, ""]
+        assert 0 < (found[name, ""] or 0) <= 1
+    with pytest.raises(ConfigError, match="tide does not heed ious"):
+        api.evaluate(masks, samples, str(tmp_path / "no"), protocol="tide", metric=chosen, options=INLINE)
+
+
 def test_shards_and_their_number_do_not_matter(instances: tuple[Path, Case], tmp_path: Path) -> None:
     root, _ = instances
     found = []
@@ -242,6 +283,7 @@ def test_images_without_a_row_count_as_empty_and_failed_ones_do_not(
     assert counts_of(skipped.figures) == {
         "images_scored": 2,
         "images_skipped": 1,
+        "images_missing": 1,
         "images_without_label": 0,
         "images_unknown": 0,
     }
@@ -360,6 +402,24 @@ def test_faster_coco_eval_says_the_same(boxes: Case) -> None:
     assert len(wanted) == 24
     for key, value in wanted.items():
         assert found[key] == pytest.approx(value, abs=1e-12), key
+
+
+def test_boundaries_of_real_masks_are_those_of_faster_coco_eval(val2014: Path) -> None:
+    faster = pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    case = case_of(val2014 / "instances_val2014_100.json", coco_results(val2014, "segm"))
+    for result in case.results:
+        result.setdefault("bbox", [0.0] * 4)
+    metric = CocoBoundaryMetric(case.classes)
+    found = by_name(metric.compute(metric.merge(metric.update(*pair) for pair in instance_rows(case))))
+    with contextlib.redirect_stdout(io.StringIO()):
+        ground = faster.COCO(str(val2014 / "instances_val2014_100.json"))
+        run = faster.COCOeval_faster(ground, ground.loadRes(coco_results(val2014, "segm")), "boundary")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    for name, value in zip(TWELVE, run.stats, strict=False):
+        assert found[f"boundary_{name}", ""] == pytest.approx(value, abs=1e-12), name
+    assert 0 < (found["boundary_ap", ""] or 0) < PUBLISHED["segm"][0]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import coco_cases
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,6 +15,7 @@ from segbatch.codecs import columns, runlength
 from segbatch.config import EngineConfig, RunOptions
 from segbatch.errors import ConfigError, IncompleteRunError
 from segbatch.metrics import bootstrap, registry
+from segbatch.metrics.coco_instance import CocoInstanceMetric
 from segbatch.metrics.semantic import Joint
 from segbatch.records import ClassInfo, ClassTable, Figure
 from segbatch.runs import Run
@@ -199,6 +201,25 @@ def test_the_fast_way_resamples_as_the_plain_one() -> None:
         for f in metric.compute(metric.merge(repeated)):
             value = fast[f.metric, f.class_name][row]
             assert np.isnan(value) if f.value is None else value == f.value
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_fast_way_resamples_objects_as_the_plain_one(seed: int) -> None:
+    case = coco_cases.random_case(seed)
+    for number, entry in enumerate(case.results):
+        entry["score"] = entry["score"] / 2 + number / 2 / len(case.results)  # no two are equal
+    metric = CocoInstanceMetric(case.classes)
+    states = [metric.update(*pair) for pair in coco_cases.instance_rows(case)]
+    units = [metric.merge(states[:2]), *states[2:]]
+    times = next(bootstrap.draws(len(units), 8, seed))
+    fast = metric.resampled(units, times)
+    for row, drawn in enumerate(times.tolist()):
+        repeated = [u for u, n in zip(units, drawn, strict=True) for _ in range(n)]
+        plain = {(f.metric, f.class_name): f.value for f in metric.compute(metric.merge(repeated))}
+        assert plain.keys() == fast.keys()
+        for key, value in plain.items():
+            found = fast[key][row]
+            assert np.isnan(found) if value is None else found == pytest.approx(value, abs=1e-12), key
 
 
 def test_intervals_depend_on_the_seed_alone() -> None:

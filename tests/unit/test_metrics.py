@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,15 +28,14 @@ SPARSE = ClassTable(
 )
 
 
-def row_of(label_map: Map | None, schema: pa.Schema, name: str = "a") -> Row:
-    height, width = label_map.shape if label_map is not None else (1, 1)
-    values: dict[str, Any] = {"sample_id": name, "image_uri": "", "etag": "", "status": "ok", "model_digest": ""}
-    values |= {"height": height, "width": width}
-    runs = runlength.encode(label_map) if label_map is not None else None
-    arrays = [
-        columns.runs_array([runs]) if f.name == "semantic" else pa.array([values.get(f.name)], f.type) for f in schema
-    ]
-    return Row(pa.RecordBatch.from_arrays(arrays, schema=schema), 0)
+def row_of(label_map: Map, schema: pa.Schema, name: str = "a") -> Row:
+    """A row with just what the metrics read."""
+    height, width = label_map.shape
+    values = {"sample_id": name, "height": height, "width": width}
+    fields = [schema.field(n) for n in (*values, "semantic")]
+    arrays = [pa.array([v], f.type) for v, f in zip(values.values(), fields, strict=False)]
+    arrays.append(columns.runs_array([runlength.encode(label_map)]))
+    return Row(pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields)), 0)
 
 
 def state_of(metric: SemanticMetric, truth: Map, predicted: Map) -> Joint:
@@ -90,7 +88,9 @@ def pixel_loop(
         found["recall", c] = found["accuracy", c] = tp / (tp + fn) if tp + fn else None
         found["precision", c] = tp / (tp + fp) if tp + fp else None
     support = {c: sum(t == c for t, _ in pixels) for c in scored}
-    for name, of in (("miou", "iou"), ("mean_class_accuracy", "accuracy"), ("mean_dice", "dice")):
+    means = {"miou": "iou", "mean_class_accuracy": "accuracy"}
+    means |= {f"mean_{name}": name for name in ("dice", "precision", "recall")}
+    for name, of in means.items():
         values = [v for c in scored if (v := found[of, c]) is not None]
         found[name, -1] = math.fsum(values) / len(values) if values else None
     found["global_accuracy", -1] = sum(t == p and t in scored for t, p in pixels) / len(pixels) if pixels else None
@@ -219,14 +219,18 @@ def test_camvid_refuses_other_classes() -> None:
 
 
 def test_unknown_protocols_name_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"did you mean camvid.*known: camvid, camvid-strict, coco-instance,.*semantic"
-    ):
+    with pytest.raises(ConfigError, match=r"did you mean camvid.*known: ade20k,.* camvid, camvid-strict,.* semantic"):
         registry.make("camvit", CAMVID)
 
 
+@pytest.mark.parametrize(
+    "dataset", ["ade20k", "camvid", "ccp", "coco-stuff", "pascal-context", "pascal-voc", "pratheepan"]
+)
+def test_datasets_with_a_protocol_of_their_name_use_it(dataset: str) -> None:
+    assert registry.default_protocol(dataset, ["semantic"]) == dataset
+
+
 def test_default_protocols() -> None:
-    assert registry.default_protocol("camvid") == "camvid"
     assert registry.default_protocol("image-masks", ["semantic", "instance", "panoptic"]) == "semantic"
     assert registry.default_protocol("image-masks") == registry.default_protocol("image-masks", ["box"]) == "semantic"
     assert (
