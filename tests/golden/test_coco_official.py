@@ -120,6 +120,7 @@ def test_only_the_best_thousand_of_an_image_are_proposals() -> None:
             assert found[f"{kind}_proposal_ar_{name}", ""] == defined_mean(recall[:, 0, size, most])
 
 
+@pytest.mark.long
 def test_random_scenes_equal_the_rule() -> None:
     metric = CocoPanopticMetric(PANOPTIC_CLASSES)
     for seed in range(1000, 1400):
@@ -358,6 +359,7 @@ def coco_results(folder: Path, kind: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.long
 def test_published_figures_of_masks(val2014: Path, tmp_path: Path) -> None:
     truth = val2014 / "instances_val2014_100.json"
     (tmp_path / "tree" / "annotations").mkdir(parents=True)

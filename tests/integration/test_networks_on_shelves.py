@@ -30,11 +30,44 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "patch": {"kind": "patch", "window": 95, "maps": 12, "hidden": 32},
 }
 
+REGIONS = {"norm": "group", "anchor_sizes": [16, 32, 64, 96, 128], "regions": 64, "short_side": 192, "longest": 512}
+"""For products of 10 to 60 pixels."""
+
 DETECTORS: dict[str, dict[str, Any]] = {
-    "maskrcnn": {"kind": "maskrcnn", "width": 0.25, "norm": "group", "short_side": 192, "longest": 512},
-    "panoptic_fpn": {"kind": "panoptic_fpn", "width": 0.25, "norm": "group", "short_side": 192, "longest": 512},
+    "maskrcnn": {"kind": "maskrcnn", "width": 0.25, **REGIONS},
+    "panoptic_fpn": {"kind": "panoptic_fpn", "width": 0.25, **REGIONS},
+    "maskrcnn-c4": {
+        "kind": "maskrcnn",
+        "head": "c4",
+        "width": 0.125,
+        **REGIONS,
+        "anchor_sizes": [32, 48, 64, 96, 128],
+        "candidates": 600,
+        "short_side": 384,
+        "longest": 1024,
+    },
+    "instancefcn": {
+        "kind": "instancefcn",
+        "width": 0.125,
+        "norm": True,
+        "window": 9,
+        "parts": 3,
+        "scales": [0.7, 1.05, 1.6, 2.4],
+        "short_side": 192,
+        "longest": 512,
+    },
 }
-EPOCHS = {"maskrcnn": 3, "panoptic_fpn": 3}
+"""C4 has features of stride 16, so it sees the photos twice as large, and learns from two of them a step."""
+
+EPOCHS = dict.fromkeys(NETWORKS, 16) | {
+    "deeplab": 24,
+    "maskrcnn": 3,
+    "panoptic_fpn": 3,
+    "maskrcnn-c4": 4,
+    "instancefcn": 12,
+}
+"""60 steps of four photos each; of C4 120 steps of two."""
+
 AP50 = PQ = 0.5
 """What an instance network's masks, and a panoptic network, must reach on the validation photos."""
 
@@ -51,7 +84,7 @@ def shelves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_learns_the_shelves(shelves: Path, tmp_path: Path, name: str) -> None:
-    """One recipe for all of them: 960 steps of four crops."""
+    """One recipe for all of them: steps of four crops."""
     if name == "deeplab":
         pytest.importorskip("timm", reason="the extra pretrained is not installed")
     document = {
@@ -61,7 +94,7 @@ def test_it_learns_the_shelves(shelves: Path, tmp_path: Path, name: str) -> None
         "val_split": "val",
         "model": NETWORKS[name],
         "data": {"crop": [192, 128], "scale": [0.8, 1.25]},
-        "optim": {"lr": 3e-3, "epochs": 16, "batch_size": 4, "ema": 0.97},
+        "optim": {"lr": 3e-3, "epochs": EPOCHS[name], "batch_size": 4, "ema": 0.97},
         "threads": 1,
     }
     result = train(parse(TrainConfig, document, "test"))
@@ -74,17 +107,18 @@ def test_it_learns_the_shelves(shelves: Path, tmp_path: Path, name: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_it_finds_the_products(shelves: Path, tmp_path: Path, name: str) -> None:
-    """60 steps of four photos an epoch; anchors of the products' sizes."""
+    """One recipe for all of them: whole photos."""
     pytest.importorskip("torchvision", reason="the extra pretrained is not installed")
+    c4, own_norm = name == "maskrcnn-c4", name == "instancefcn"
     document = {
         "out": str(tmp_path / "model"),
         "samples": str(shelves),
         "split": "train",
         "val_split": "val",
-        "val_inference": {"stuff_area": 256},
-        "model": {**DETECTORS[name], "anchor_sizes": [16, 32, 64, 96, 128], "regions": 64},
-        "data": {"crop": [192, 256], "scale": [0.8, 1.25]},
-        "optim": {"lr": 2e-3, "epochs": EPOCHS[name], "batch_size": 4, "ema": 0.97},
+        "val_inference": {"stuff_area": 256, "nms_iou": 0.5},
+        "model": DETECTORS[name],
+        "data": {"crop": [384, 512] if c4 else [192, 256], "scale": [0.8, 1.25]},
+        "optim": {"lr": 2e-3, "epochs": EPOCHS[name], "batch_size": 2 if c4 else 4, "ema": 0.0 if own_norm else 0.97},
         "threads": 1,
     }
     result = train(parse(TrainConfig, document, "test"))

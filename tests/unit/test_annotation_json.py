@@ -64,6 +64,7 @@ def refused(data: bytes) -> ConfigError:
 
 
 class TestSplitCoco:
+    @pytest.mark.long
     @settings(deadline=None, max_examples=150)
     @given(documents(), st.booleans(), st.booleans())
     def test_groups_are_those_of_plain_json(self, document: dict[str, Any], spaced: bool, ascii_only: bool) -> None:

@@ -751,6 +751,7 @@ def web() -> Iterator[Server]:
     service.server_close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["stored.zip", "deflated.zip", "plain.tar", "x.tar.gz"])
 def test_archives_on_the_web(kind: str, web: Server) -> None:
     web.files[f"/{kind}"] = packed(FILES, kind)

@@ -114,6 +114,7 @@ def total_of(metric: SemanticMetric, pairs: Sequence[tuple[Map, Map]]) -> Joint:
     return metric.merge([state_of(metric, t, p) for t, p in pairs])
 
 
+@pytest.mark.long
 def test_camvid_equals_the_official_script_on_random_cases() -> None:
     generator, metric = random.Random(1), CamVidMetric(CAMVID)
     for _ in range(1500):
@@ -125,6 +126,7 @@ def test_camvid_equals_the_official_script_on_random_cases() -> None:
         assert figures["global_accuracy", ""] == (None if math.isnan(accuracy) else accuracy)
 
 
+@pytest.mark.long
 def test_semantic_equals_pixel_loops_on_random_cases() -> None:
     generator, metric = random.Random(2), SemanticMetric(SPARSE)
     scored = [c.label_id for c in SPARSE.scored]

@@ -138,6 +138,7 @@ def _seen(pairs: Sequence[tuple[Any, Any]], missing: Sequence[bool]) -> list[tup
 # -- the official rules ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_figures_are_the_official_ones_to_the_last_bit(protocol: str) -> None:
     for seed in range(CASES // 3 if protocol == "bdd100k-ins" else CASES):

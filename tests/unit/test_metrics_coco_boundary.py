@@ -264,6 +264,7 @@ def agreed(case: Case) -> Case:
     return Case(case.labels, kept, annotations, results)
 
 
+@pytest.mark.long
 def test_faster_coco_eval_says_the_same() -> None:
     for seed in range(100, 140):
         case = agreed(solid_case(seed))

@@ -80,6 +80,7 @@ def check(seed: int) -> bool:
 # -- against the rule --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_all_figures_are_those_of_the_official_rule() -> None:
     different = [check(seed) for seed in range(80)]
     assert 20 < sum(different) < 70
@@ -395,6 +396,7 @@ def real_labels(folder: Path) -> tuple[Voxels, tuple[float, float, float]]:
     return np.where((liver > 0) & dark, 2, liver > 0).astype(np.uint8), header.spacing_mm
 
 
+@pytest.mark.long
 def test_a_real_liver_against_itself_and_moved(shared_data: Callable[[str], Path]) -> None:
     truth, spacing = real_labels(shared_data("data/ct_liver"))
     itself = figures_of([Scan("volume-0", truth, truth, spacing)])

@@ -171,6 +171,7 @@ def sorted_by_id(classes: ClassTable) -> list[ClassInfo]:
     return sorted(classes.scored, key=lambda c: c.label_id)
 
 
+@pytest.mark.long
 @sizes
 def test_coco_stuff_equals_the_official_formula(count: int) -> None:
     """evaluate_performance.py: a matrix of 182 values, pixels of other ground truth left out."""

@@ -162,6 +162,7 @@ def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         DeepLab(DeepLabConfig(width=SMALL), 2)
 
 
+@pytest.mark.long
 def test_torch_export() -> None:
     check.exports_for_any_size(deeplab())
 
@@ -172,6 +173,7 @@ def test_its_folder(tmp_path: Path, name: str) -> None:
     check.survives_its_folder(deeplab(**options), tmp_path, "deeplab", **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["xception65", "resnet50"])
 def test_it_learns(name: str) -> None:
     assert check.accuracy_after(check.fresh("deeplab", backbone=name, width=0.1), 30, 0.01) > 0.9

@@ -205,6 +205,7 @@ def test_a_warm_start_from_something_else_is_refused() -> None:
         warm_start(net, fcn(32, classes=5).state_dict(), "here")
 
 
+@pytest.mark.long
 def test_torch_export() -> None:
     check.exports_for_any_size(fcn(8))
 
@@ -214,6 +215,7 @@ def test_its_folder(tmp_path: Path, stride: int) -> None:
     check.survives_its_folder(fcn(stride), tmp_path, "fcn", stride=stride, width=SMALL)
 
 
+@pytest.mark.long
 def test_it_learns() -> None:
     net = check.fresh("fcn", width=SMALL, dropout=0.1)
     assert check.accuracy_after(net, 40, 0.01) > 0.9

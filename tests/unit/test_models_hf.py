@@ -122,6 +122,7 @@ def categories_of(result: dict[str, Any]) -> NDArray[np.int64]:
 # -- the same as the library ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SEMANTIC)
 def test_label_maps_are_the_librarys(folders: Folders, name: str) -> None:
     wanted = Library(folders(name), "semantic")(photo()).numpy()

@@ -486,6 +486,7 @@ def scene(seed: int) -> tuple[NDArray[np.float32], Target]:
     return image, target(np.array(masks, np.uint8).reshape(-1, 64, 64), labels)
 
 
+@pytest.mark.long
 def test_it_learns_to_find_discs_and_rectangles() -> None:
     config = {"width": 0.06, "norm": True, "window": 5, "parts": 3, "scales": (1.0,), "proposals": 50}
     net = check.fresh("instancefcn", classes=2, **config)

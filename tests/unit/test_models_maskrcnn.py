@@ -202,6 +202,7 @@ def theirs() -> Any:
     return net
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_detect_gives_what_torchvision_gives(theirs: Any) -> None:
     photos = list(torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)))
@@ -435,6 +436,7 @@ def test_mask_targets_lie_exactly_over_their_boxes() -> None:
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_the_backbone_can_be_exported() -> None:
     """One trace serves any number of images of any size above that of the trace."""
@@ -514,6 +516,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", HEADS)
 def test_it_learns(head: str, one_thread: None) -> None:
     sizes = (16, 24, 32, 64, 128) if head == "fpn" else (16, 24, 32)

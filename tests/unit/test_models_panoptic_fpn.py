@@ -208,6 +208,7 @@ def test_options_reach_the_network() -> None:
         PanopticFPNConfig(anchor_sizes=(8,))
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_the_semantic_branch_can_be_exported() -> None:
     """For any number of images and any size."""
@@ -258,6 +259,7 @@ def overlap(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(shared / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
 
 
+@pytest.mark.long
 def test_it_learns() -> None:
     torch.manual_seed(0)
     options = {"width": 0.0625, "norm": "group", "anchor_sizes": (16, 24, 32, 64, 128), "regions": 16}

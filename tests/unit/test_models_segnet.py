@@ -78,6 +78,7 @@ def test_the_places_of_the_maxima_reach_the_output() -> None:
         assert not torch.allclose(net(left), net(left.roll(1, -1)), atol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["vgg16", "basic"])
 def test_torch_export(variant: str) -> None:
     check.exports_for_any_size(segnet(variant))
@@ -88,6 +89,7 @@ def test_its_folder(tmp_path: Path, variant: str) -> None:
     check.survives_its_folder(segnet(variant), tmp_path, "segnet", variant=variant, width=SMALL[variant])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["vgg16", "basic"])
 def test_it_learns(variant: str) -> None:
     net = check.fresh("segnet", variant=variant, width=0.125)

@@ -150,6 +150,7 @@ VIT = "tu-vit_tiny_patch16_224.augreg_in21k"
 DPT: dict[str, Any] = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 16}
 
 
+@pytest.mark.long
 def test_a_transformer_of_fixed_size_has_photos_stretched_to_it(tmp_path: Path) -> None:
     half = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     folder = saved(network("DPT", VIT, img_size=64, **DPT), tmp_path / "fixed")
@@ -413,6 +414,7 @@ def test_a_state_dict_alone(tmp_path: Path, options: dict[str, Any]) -> None:
     assert_same_labels(predictor.predict(photo()).semantic, theirs(folder, photo()))
 
 
+@pytest.mark.long
 def test_an_encoder_of_timm_under_a_u_net(tmp_path: Path) -> None:
     net = network("Unet", "tu-mobilenetv3_small_050", decoder_channels=(16, 16, 8, 8, 8))
     folder = saved(net, tmp_path / "folder")

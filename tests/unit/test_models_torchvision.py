@@ -136,6 +136,7 @@ def test_the_label_map_of_a_real_photo(small: tuple[nn.Module, str], shared_data
     assert_same_labels(predictor(SMALL, small[1]).predict(rgb).semantic, *theirs(small[0], SMALL, rgb))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large"])
 def test_auxiliary_heads_are_left_out(name: str, tmp_path: Path) -> None:
     net = network(name, aux_loss=True)
@@ -449,6 +450,7 @@ def test_mask_rcnn_on_a_real_photo(
     assert_same_instances(rcnn[0], ours, np.asarray(Image.open(file).convert("RGB")))
 
 
+@pytest.mark.long
 def test_photos_of_one_padded_size_share_a_batch(ours: Predictor) -> None:
     photos = [photo(60, 90), photo(61, 84, seed=1)]
     prepared = [ours.prepare(p) for p in photos]
@@ -465,6 +467,7 @@ def test_a_strip_of_which_nothing_would_be_left_is_a_bad_photo(ours: Predictor) 
         ours.prepare(np.zeros((1, 200, 3), np.uint8))
 
 
+@pytest.mark.long
 def test_threads_share_a_mask_rcnn(ours: Predictor) -> None:
     prepared = [ours.prepare(photo(40, 60, seed=s)) for s in range(2)]
     alone = [ours.forward([p])[0].output for p in prepared]
@@ -521,6 +524,7 @@ def test_lists_that_do_not_fit_are_errors(bare: Path, tmp_path: Path, text: str,
         source(RCNN, path).describe()
 
 
+@pytest.mark.long
 def test_detections_without_a_name_are_dropped(rcnn: tuple[nn.Module, str], ours: Predictor, tmp_path: Path) -> None:
     everything = found_by(ours, photo())
     kept = max(i.category_id for i in everything)

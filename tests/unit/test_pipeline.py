@@ -61,6 +61,7 @@ def night(settings: PipelineConfig) -> list[str]:
     return notes.lines
 
 
+@pytest.mark.long
 def test_a_finished_model_is_kept_when_the_data_change(tmp_path: Path) -> None:
     tree, out = generators.image_masks(tmp_path / "tree"), tmp_path / "out"
     settings = config(tree, out)

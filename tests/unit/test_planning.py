@@ -252,6 +252,7 @@ def test_a_selection_of_another_version_stays_in_the_stretches_of_its_shards(tmp
 FILES = st.dictionaries(st.integers(0, 2), st.sets(st.integers(0, 15), min_size=1), max_size=3)
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(st.lists(FILES.filter(bool), min_size=2, max_size=4), st.integers(1, 5))
 def test_every_selected_row_is_planned_exactly_once(steps: list[dict[int, set[int]]], shard_rows: int) -> None:

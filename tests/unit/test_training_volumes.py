@@ -164,6 +164,7 @@ def test_zoom_mirror_and_bending_move_slices_and_labels_together(tmp_path: Path)
     assert 0.5 < known.mean() < 1
 
 
+@pytest.mark.long
 def test_what_no_single_slice_tells_is_learned_from_neighbours(tmp_path: Path) -> None:
     root = toy_set(tmp_path / "data")
     seen: list[TrainProgress] = []
@@ -197,6 +198,7 @@ def stop_after(steps: int) -> tuple[Callable[[TrainProgress], None], Callable[[]
     return lambda p: seen.append(p.step), lambda: seen[-1] >= steps
 
 
+@pytest.mark.long
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     root = toy_set(tmp_path / "data")
     short = {"optim__epochs": 3, "data__elastic": 1.0, "data__scale": [0.8, 1.2]}
