@@ -93,6 +93,9 @@ class ClassCount:
         return self.tp / union if union else None
 
 
+Outcome = Literal["tp", "fp", "fn", "ignored"]
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """What became of one object, or of one detection.
@@ -111,7 +114,75 @@ class Match:
     predicted_id: int | None
     iou: float | None
     score: float | None
-    outcome: Literal["tp", "fp", "fn", "ignored"]
+    outcome: Outcome
+
+
+OUTCOMES: tuple[Outcome, ...] = ("tp", "fp", "fn", "ignored")
+
+
+class MatchTable(Sequence[Match]):
+    """Matches as arrays, for evaluators with many of them; each a ``Match`` to who asks for one.
+
+    Args:
+        names: of classes by label id.
+        labels: label ids, int64 of shape (n,).
+        truth_ids, predicted_ids: int64 of shape (n,); of any value where there is none.
+        has_truth, has_prediction: whether there is one, bool of shape (n,).
+        ious, scores: float64 of shape (n,); they count where both, or a detection, are there.
+        outcomes: places in ``OUTCOMES``, int64 of shape (n,).
+    """
+
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        labels: NDArray[np.int64],
+        truth_ids: NDArray[np.int64],
+        predicted_ids: NDArray[np.int64],
+        has_truth: NDArray[np.bool_],
+        has_prediction: NDArray[np.bool_],
+        ious: NDArray[np.float64],
+        scores: NDArray[np.float64],
+        outcomes: NDArray[np.int64],
+    ) -> None:
+        self._names, self._labels = names, labels
+        self._has_truth, self._has_prediction, self._outcomes = has_truth, has_prediction, outcomes
+        self._cells = {"truth_id": truth_ids, "predicted_id": predicted_ids, "iou": ious, "score": scores}
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        label, cells = int(self._labels[place]), {}
+        for name, values in self._cells.items():
+            cells[name] = None if self._missing(name)[place] else values[place].item()
+        return Match(self._names[label], label, **cells, outcome=OUTCOMES[self._outcomes[place]])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _missing(self, name: str) -> NDArray[np.bool_]:
+        """Where a column has no value."""
+        if name == "truth_id":
+            return ~self._has_truth
+        return ~self._has_prediction if name != "iou" else ~(self._has_truth & self._has_prediction)
+
+    def array(self, kind: pa.DataType) -> pa.StructArray:
+        """As items of the column ``matches`` of the ``images`` table, whose type is ``kind``."""
+        labels, places = np.unique(self._labels, return_inverse=True)
+        names = pa.array([self._names[i] for i in labels.tolist()], pa.string())
+        cells: dict[str, pa.Array] = {n: pa.array(v, mask=self._missing(n)) for n, v in self._cells.items()}
+        cells |= {
+            "class": names.take(pa.array(places)),
+            "label_id": pa.array(self._labels.astype(np.int32)),
+            "outcome": pa.array(OUTCOMES, pa.string()).take(pa.array(self._outcomes)),
+        }
+        return pa.StructArray.from_arrays([cells[f.name] for f in kind], fields=list(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +197,7 @@ class ImageScore:
 
     score: float | None
     classes: tuple[ClassCount, ...]
-    matches: tuple[Match, ...] | None = None
+    matches: Sequence[Match] | None = None
 
 
 @dataclass(frozen=True, slots=True)

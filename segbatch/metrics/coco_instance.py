@@ -4,7 +4,7 @@ Source: pycocotools 2.0.11, ``cocoeval.py`` (github.com/ppwwyyxx/cocoapi); githu
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from segbatch.errors import ConfigError
 from segbatch.metrics.arrays import Arrays
-from segbatch.metrics.base import DEFAULTS, ClassCount, Confusion, ImageScore, Key, Match, MetricOptions, Row, same_size
+from segbatch.metrics.base import (
+    DEFAULTS,
+    ClassCount,
+    Confusion,
+    ImageScore,
+    Key,
+    MatchTable,
+    MetricOptions,
+    Row,
+    same_size,
+)
 from segbatch.metrics.coco_bootstrap import resampled
 from segbatch.metrics.coco_figures import (
     Curves,
@@ -199,33 +209,33 @@ class CocoInstanceMetric:
             mine = slice(*np.searchsorted(classes, [place, place + 1]))
             precision.append(average_precision(matched[mine], ignored[mine], objects[place], self._rules))
         score = float(np.mean(precision)) if precision else None
-        matches = None if state.partners is None else tuple(self._matches(state, state.partners, hit, wrong))
+        matches = None if state.partners is None else self._matches(state, state.partners, hit, wrong)
         return ImageScore(score, found, matches)
 
     def _matches(
         self, state: Matches, partners: Arrays, hit: NDArray[np.bool_], wrong: NDArray[np.bool_]
-    ) -> Iterable[Match]:
+    ) -> MatchTable:
         """Of detections by class and the best first, then of the objects without any."""
-        names = {c.label_id: c.name for c in self.scored}
-        ids = partners.flat("object_ids").tolist()
-        place, overlap = partners.flat("partners"), partners.flat("ious").tolist()
-        number, score = partners.flat("detection_ids").tolist(), state.score.tolist()
-        outcomes = _outcomes(hit, wrong)
-        for i, (label, partner) in enumerate(zip(state.category.tolist(), place.tolist(), strict=True)):
-            truth = (ids[partner], overlap[i]) if partner >= 0 else (None, None)
-            yield Match(names[label], label, truth[0], number[i], truth[1], score[i], outcomes[i])
-        counts = ((state.object_ranges & _FIRST) != 0).tolist()
-        labels = state.object_category.tolist()
-        for i in sorted({*range(len(ids))} - {*place.tolist()}):
-            yield Match(names[labels[i]], labels[i], ids[i], None, None, None, "fn" if counts[i] else "ignored")
+        ids, place = partners.flat("object_ids"), partners.flat("partners")
+        alone = np.setdiff1d(np.arange(len(ids)), place)
+        none, detections = np.zeros(len(alone), np.int64), len(place)
+        found = np.where(hit, 0, np.where(wrong, 1, 3))
+        counts = (state.object_ranges[alone] & _FIRST) != 0
+        return MatchTable(
+            names={c.label_id: c.name for c in self.scored},
+            labels=np.concatenate([state.category, state.object_category[alone]]).astype(np.int64),
+            truth_ids=np.concatenate([ids[place] if len(ids) else np.zeros(detections, np.int64), ids[alone]]),
+            predicted_ids=np.concatenate([partners.flat("detection_ids"), none]),
+            has_truth=np.concatenate([place >= 0, np.ones(len(alone), bool)]),
+            has_prediction=np.arange(detections + len(alone)) < detections,
+            ious=np.concatenate([partners.flat("ious"), np.zeros(len(alone))]),
+            scores=np.concatenate([state.score, np.zeros(len(alone))]),
+            outcomes=np.concatenate([found, np.where(counts, 2, 3)]),
+        )
 
     def confusion(self, total: Matches) -> Confusion | None:
         """None: objects are matched with detections of their own class only."""
         return None
-
-
-def _outcomes(hit: NDArray[np.bool_], wrong: NDArray[np.bool_]) -> list[Literal["tp", "fp", "fn", "ignored"]]:
-    return ["tp" if h else "fp" if w else "ignored" for h, w in zip(hit.tolist(), wrong.tolist(), strict=True)]
 
 
 class CocoBoundaryMetric(CocoInstanceMetric):

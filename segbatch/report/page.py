@@ -27,6 +27,8 @@ _CARDS = (
     ("global_accuracy", "pixel accuracy"),
     ("fwiou", "frequency-weighted IoU"),
     ("mean_dice", "mean Dice"),
+    ("mean_precision", "mean precision"),
+    ("mean_recall", "mean recall"),
     ("segm_ap", "mask AP"),
     ("segm_ap50", "mask AP at IoU .50"),
     ("segm_ap75", "mask AP at IoU .75"),

@@ -20,6 +20,8 @@ from segbatch.metrics.base import (
     Detail,
     HasDetails,
     ImageScore,
+    Match,
+    MatchTable,
     Metric,
     MetricOptions,
     Row,
@@ -313,8 +315,7 @@ def _image_rows(batch: pa.RecordBatch, metric: Metric[Any], states: Sequence[Any
     columns = {name: batch.column(name) for name in _IMAGE_COLUMNS}
     columns["score"] = pa.array([s.score if s else None for s in scores], pa.float64())
     columns["classes"] = pa.array([_class_rows(s) if s else None for s in scores], schemas.IMAGES.field("classes").type)
-    matches = [_match_rows(s) if s else None for s in scores]
-    columns["matches"] = pa.array(matches, schemas.IMAGES.field("matches").type)
+    columns["matches"] = _matches([s.matches if s else None for s in scores])
     return pa.RecordBatch.from_arrays([columns[name] for name in schemas.IMAGES.names], schema=schemas.IMAGES)
 
 
@@ -325,11 +326,23 @@ def _class_rows(score: ImageScore) -> list[dict[str, Any]]:
     ]
 
 
-def _match_rows(score: ImageScore) -> list[dict[str, Any]] | None:
-    if score.matches is None:
-        return None
+def _matches(found: Sequence[Sequence[Match] | None]) -> pa.ListArray:
+    """The column ``matches`` of the ``images`` table."""
+    kind = schemas.IMAGES.field("matches").type
+    parts = [
+        m.array(kind.value_type) if isinstance(m, MatchTable) else pa.array(list(map(_cells, m)), kind.value_type)
+        for m in found
+        if m is not None
+    ]
+    items = pa.concat_arrays(parts) if parts else pa.array([], kind.value_type)
+    offsets = np.concatenate([[0], np.cumsum([0 if m is None else len(m) for m in found])]).astype(np.int32)
+    missing = pa.array([m is None for m in found], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(offsets), items, type=kind, mask=missing)
+
+
+def _cells(match: Match) -> dict[str, Any]:
     names = ("label_id", "truth_id", "predicted_id", "iou", "score", "outcome")
-    return [{"class": m.class_name, **{name: getattr(m, name) for name in names}} for m in score.matches]
+    return {"class": match.class_name, **{name: getattr(match, name) for name in names}}
 
 
 def _image_figures(images: dict[str, int]) -> list[Figure]:

@@ -105,7 +105,7 @@ def test_the_page_fits_and_its_pictures_load(look: Callable[..., str], served: t
         "Scores by image",
         "Worst images",
     ]
-    assert len(found["cards"]) == 7
+    assert len(found["cards"]) == 9
 
 
 def test_a_screenshot_is_not_empty(look: Callable[..., str], served: tuple[Path, str], tmp_path: Path) -> None:
