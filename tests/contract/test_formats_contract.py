@@ -269,6 +269,7 @@ def renamed(samples: str, out: Path, ids: Sequence[str]) -> str:
     return derived(samples, out, change)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", [0, 2, 5, 9], ids=lambda n: f"from-{n}")
 def test_odd_ids_come_back_or_are_refused_by_name(form: str, start: int, samples: str, tmp_path: Path) -> None:
     needs_import(form)
@@ -349,6 +350,7 @@ def test_a_prediction_for_an_unknown_image_is_refused(form: str, place: int, sam
     assert "not among the samples" in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
 def test_a_missing_prediction_is_a_bad_row(form: str, place: int, samples: str, tmp_path: Path) -> None:
     needs_import(form)

@@ -93,6 +93,7 @@ def figures_of(case: Case, classes: ClassTable) -> Found:
 # -- random cases ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("start", range(1000, 1240, 40))
 def test_random_cases_equal_pycocotools(start: int) -> None:
     for seed in range(start, start + 40):

@@ -328,6 +328,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestDrawnShelves:
+    @pytest.mark.long
     def test_it_is_a_clean_image_masks_tree(self, tree: Path) -> None:
         assert registry.find("auto", str(tree))[0].name == "image-masks"
         found = items(ImageMasks(), tree)

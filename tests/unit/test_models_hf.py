@@ -32,6 +32,8 @@ from segbatch.models.hf import HfSource  # noqa: E402
 from segbatch.models.hf_families import FAMILIES  # noqa: E402
 from segbatch.records import ClassInfo, ClassTable, Prediction  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 Photo = NDArray[np.uint8]
 Folders = Callable[[str], Path]
 

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from segbatch.models import hf_folder, smp
 
+pytestmark = pytest.mark.long
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NARROW: dict[str, Any] = {"encoder_depth": 3, "decoder_channels": (16, 8, 8)}
 

@@ -37,6 +37,8 @@ from torchvision.transforms import functional
 from segbatch.models import torchvision_files
 from segbatch.models.torchvision_zoo import TorchvisionSource
 
+pytestmark = pytest.mark.long
+
 SMALL = "lraspp_mobilenet_v3_large"
 RCNN = "maskrcnn_resnet50_fpn"
 
