@@ -5,13 +5,13 @@ Source: ``bdd100k/eval/ins_seg.py`` and ``bdd100k/common/bitmask.py`` (see ``bdd
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
-from segbatch.metrics.base import ClassCount, Confusion, ImageScore, Match, Row, same_size
+from segbatch.metrics.base import OUTCOMES, ClassCount, Confusion, ImageScore, Match, Row, same_size
 from segbatch.metrics.bdd100k import compiled, ignored_ids, official_classes, unknown_class
 from segbatch.metrics.coco_figures import (
     Matches,
@@ -29,7 +29,6 @@ from segbatch.records import ClassTable, Figure
 
 _KIND = "segm"
 _NONE = -1
-_OUTCOMES: tuple[Literal["tp", "fp", "fn", "ignored"], ...] = ("tp", "fp", "fn", "ignored")
 _TP, _FP, _FN, _IGNORED = range(4)
 _FIRST = np.uint64(1)
 """The bit of the first range (all sizes) and the first threshold."""
@@ -216,7 +215,7 @@ class Bdd100kInstanceMetric(ArrayMetric):
                 predicted_id=None if other == _NONE else other,
                 iou=None if _NONE in (one, other) else iou,
                 score=None if other == _NONE else score,
-                outcome=_OUTCOMES[outcome],
+                outcome=OUTCOMES[outcome],
             )
 
 

@@ -3,8 +3,8 @@
 Source: ``bdd100k/eval/pan_seg.py`` and ``bdd100k/common/bitmask.py`` (see ``bdd100k``).
 """
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,18 @@ from segbatch.codecs import columns as run_columns
 from segbatch.codecs import runlength
 from segbatch.codecs.runlength import Runs
 from segbatch.errors import DataError
+from segbatch.metrics import panoptic_quality as quality
 from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
-from segbatch.metrics.base import ClassCount, Confusion, ImageScore, Match, Row, same_size
+from segbatch.metrics.base import OUTCOMES, Confusion, ImageScore, Match, Row, same_size
 from segbatch.metrics.bdd100k import ignored_ids, official_classes, unknown_class
 from segbatch.metrics.columns import segments_of
+from segbatch.metrics.panoptic_quality import Totals
 from segbatch.records import ClassTable, Figure
 
 _TP, _FP, _FN, _IGNORED = range(4)
-_OUTCOMES: tuple[Literal["tp", "fp", "fn", "ignored"], ...] = ("tp", "fp", "fn", "ignored")
 _NONE = -1
 _HALF = 0.5
+_PER_CENT = 100
 
 
 class _Map(NamedTuple):
@@ -36,23 +38,6 @@ class _Map(NamedTuple):
     def at(self, places: NDArray[np.intp]) -> "_Map":
         """Some of the segments, in that order."""
         return self._replace(ids=self.ids[places], category=self.category[places], valid=self.valid[places])
-
-
-class _Totals(NamedTuple):
-    """Sum of IoUs and numbers of segments, of shape (classes,) in class order."""
-
-    iou: NDArray[np.float64]
-    tp: NDArray[np.int64]
-    fp: NDArray[np.int64]
-    fn: NDArray[np.int64]
-
-
-class _Quality(NamedTuple):
-    """Panoptic, segmentation and recognition quality in per cent."""
-
-    pq: float
-    sq: float
-    rq: float
 
 
 class Bdd100kPanopticMetric(ArrayMetric):
@@ -153,30 +138,11 @@ class Bdd100kPanopticMetric(ArrayMetric):
 
     def compute(self, total: Arrays) -> list[Figure]:
         """All classes, things, stuff; then ``pq``, ``sq``, ``rq`` by class. Support is true segments that count."""
-        totals = self._totals(total)
-        qualities = _qualities(totals)
-        support = (totals.tp + totals.fn).tolist()
-        chosen = {
-            "": range(len(self.scored)),
-            "_things": [i for i, c in enumerate(self.scored) if c.isthing],
-            "_stuff": [i for i, c in enumerate(self.scored) if not c.isthing],
-        }
-        figures = []
-        for suffix, places in chosen.items():
-            values = _mean([qualities[i] for i in places])
-            objects = sum(support[i] for i in places)
-            for name in _Quality._fields:
-                figures.append(Figure(f"{name}{suffix}", _share(values, name), support=objects))
-        for name in _Quality._fields:
-            for c, quality, objects in zip(self.scored, qualities, support, strict=True):
-                figures.append(Figure(name, _share(quality, name), c.name, support=objects))
-        return figures
+        return quality.figures(self._totals(total), self.scored, _PER_CENT)
 
     def image(self, state: Arrays) -> ImageScore:
         """The image's own panoptic quality: the mean over the classes that occur in it; and every segment's match."""
         totals = self._totals(state)
-        counts = zip(self.scored, *(t.tolist() for t in totals[1:]), strict=True)
-        classes = tuple(ClassCount(c.name, c.label_id, tp, fp, fn) for c, tp, fp, fn in counts if tp + fp + fn)
         rows = zip(*(state.values[name].tolist() for name in ("outcomes", "ious", "ids")), strict=True)
         matches = tuple(
             Match(
@@ -186,17 +152,18 @@ class Bdd100kPanopticMetric(ArrayMetric):
                 predicted_id=None if other == _NONE else other,
                 iou=iou if outcome == _TP else None,
                 score=None,
-                outcome=_OUTCOMES[outcome],
+                outcome=OUTCOMES[outcome],
             )
             for (label_id, outcome), (iou,), (one, other) in rows
         )
-        return ImageScore(_share(_mean(_qualities(totals)), "pq"), classes, matches)
+        classes = quality.class_counts(totals, self.scored)
+        return ImageScore(quality.image_quality(totals, _PER_CENT), classes, matches)
 
     def confusion(self, total: Arrays) -> Confusion | None:
         """None: segments match those of their own class only."""
         return None
 
-    def _totals(self, total: Arrays) -> _Totals:
+    def _totals(self, total: Arrays) -> Totals:
         """Sums by class: of IoUs first within each image, then over the images in their order."""
         state, n = total.in_order(), len(self.scored)
         places, outcomes = self._place[state.values["outcomes"][:, 0]], state.values["outcomes"][:, 1]
@@ -204,7 +171,7 @@ class Bdd100kPanopticMetric(ArrayMetric):
         keys, inverse = np.unique(state.of_images("outcomes")[hits] * n + places[hits], return_inverse=True)
         by_image = np.bincount(inverse, state.flat("ious")[hits], len(keys))
         counted = [np.bincount(places[(places != _NONE) & (outcomes == kind)], minlength=n) for kind in (_TP, _FP, _FN)]
-        return _Totals(np.bincount(keys % n, by_image, n).astype(np.float64), *counted)
+        return Totals(np.bincount(keys % n, by_image, n).astype(np.float64), *counted)
 
 
 def _shown(ids: NDArray[np.int64], areas: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -241,29 +208,3 @@ def _outcomes(
         np.concatenate([ious, np.zeros(len(rest))]),
         np.concatenate([np.stack([left.ids, partners], 1), np.stack([np.full(len(rest), _NONE), right.ids[rest]], 1)]),
     )
-
-
-def _qualities(totals: _Totals) -> list[_Quality | None]:
-    """By class; None for those that do not occur."""
-    found: list[_Quality | None] = []
-    for iou, tp, fp, fn in zip(*(t.tolist() for t in totals), strict=True):
-        segments = tp + 0.5 * fp + 0.5 * fn
-        mean_iou = iou / tp if tp else 0.0
-        found.append(_Quality(iou / segments * 100, mean_iou * 100, tp / segments * 100) if segments else None)
-    return found
-
-
-def _mean(qualities: Iterable[_Quality | None]) -> _Quality | None:
-    """Mean of those that are there, in their order; None without any."""
-    there = [q for q in qualities if q is not None]
-    if not there:
-        return None
-    sums = [0.0, 0.0, 0.0]
-    for quality in there:
-        sums = [s + q for s, q in zip(sums, quality, strict=True)]
-    return _Quality(*(s / len(there) for s in sums))
-
-
-def _share(quality: _Quality | None, name: str) -> float | None:
-    """One of the three as a share."""
-    return None if quality is None else float(getattr(quality, name)) / 100

@@ -6,7 +6,6 @@ github.com/bowenc0221/boundary-iou-api (commit 37d2558), ``boundary_iou/utils/bo
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,11 +16,9 @@ from segbatch.codecs import runlength
 from segbatch.errors import ConfigError
 from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
 from segbatch.metrics.base import DEFAULTS, ClassCount, ImageScore, MetricOptions, Row
+from segbatch.metrics.boundaries import BOUNDARY, boundary_width
 from segbatch.metrics.semantic import IDS, plain_mean, ratio, runs_of
 from segbatch.records import ClassTable, Figure
-
-RATIO = 0.02
-"""Width of the boundary as a part of the image's diagonal."""
 
 _TRUTH = 1
 
@@ -56,7 +53,7 @@ class BoundaryIouMetric(ArrayMetric):
         Raises:
             ConfigError: a width that is not above 0 and at most 1.
         """
-        self.ratio = RATIO if options.boundary is None else options.boundary
+        self.ratio = BOUNDARY if options.boundary is None else options.boundary
         if not 0 < self.ratio <= 1:
             raise ConfigError(f"boundary is {self.ratio}", "give a part of the diagonal, above 0 and at most 1")
         self.scored = classes.scored
@@ -108,15 +105,6 @@ class BoundaryIouMetric(ArrayMetric):
         matrix = np.zeros((len(self.scored) + 1,) * 2, np.int64)
         np.add.at(matrix, (self._place[rows], self._place[columns]), pixels.astype(np.int64))
         return matrix
-
-
-def boundary_width(height: int, width: int, part: float = RATIO) -> int:
-    """Pixels of an image's boundaries, at least 1; halves are rounded to even.
-
-    >>> boundary_width(480, 640)
-    16
-    """
-    return max(1, round(part * math.sqrt(height**2 + width**2)))
 
 
 def _boundaries(runs: runlength.Runs, height: int, width: int, depth: int, interior: int) -> runlength.Runs:

@@ -15,8 +15,9 @@ from segbatch.codecs import png
 from segbatch.errors import ConfigError, DataError
 from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
 from segbatch.metrics.base import DEFAULTS, Detail, ImageScore, MetricOptions, Row, same_size
+from segbatch.metrics.boundaries import BOUNDARY
 from segbatch.metrics.coco_figures import Rules
-from segbatch.metrics.coco_matching import BOUNDARY, Matcher, check, rules_of, scored_classes
+from segbatch.metrics.coco_matching import Matcher, check, rules_of, scored_classes
 from segbatch.metrics.columns import NO_INSTANCES, Instances, instances_of
 from segbatch.metrics.semantic import IDS, plain_sum
 from segbatch.metrics.semantic_errors import added, compiled, size_of, stretches_of, sums_of

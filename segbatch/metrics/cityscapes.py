@@ -16,7 +16,7 @@ from segbatch.codecs.runlength import Runs
 from segbatch.errors import DataError
 from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
 from segbatch.metrics.base import Confusion, ImageScore, Row
-from segbatch.metrics.coco_matching import _bad_mask
+from segbatch.metrics.coco_matching import bad_mask
 from segbatch.metrics.columns import NO_INSTANCES, instances_of
 from segbatch.metrics.semantic import (
     NOTHING,
@@ -209,7 +209,7 @@ def _objects(truth: Row, predicted: Runs) -> Counts:
     counts = np.zeros((len(found.ids), LABELS + 1), np.int64)
     bad = compiled("label_pixels")(found.text, found.starts, height, width, *predicted, counts)
     if bad >= 0:
-        raise _bad_mask(truth, found, NO_INSTANCES, bad)
+        raise bad_mask(truth, found, NO_INSTANCES, bad)
     order = np.argsort(found.ids, kind="stable")
     order = order[np.isin(found.category, OBJECTS)[order] & (found.crowd[order] == 0)]
     counts, labels = counts[order], found.category[order]

@@ -14,9 +14,9 @@ from segbatch.codecs import columns as run_columns
 from segbatch.codecs.runlength import Runs
 from segbatch.errors import DataError
 from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
-from segbatch.metrics.base import ClassCount, Confusion, ImageScore, Match, Row, same_size
+from segbatch.metrics.base import OUTCOMES, ClassCount, Confusion, ImageScore, Match, Row, same_size
 from segbatch.metrics.cityscapes import HINT, IGNORED, LABELS, OBJECTS, SCORED, compiled, official_classes
-from segbatch.metrics.coco_matching import _bad_mask, check
+from segbatch.metrics.coco_matching import bad_mask, check
 from segbatch.metrics.columns import Instances, instances_of
 from segbatch.records import ClassInfo, ClassTable, Figure
 
@@ -30,7 +30,6 @@ _SMALLEST = 100
 _NEVER, _ALWAYS = -1, -2
 """In place of the class of an object that no detection can meet, or every one."""
 
-_OUTCOMES: tuple[Literal["tp", "fp", "fn", "ignored"], ...] = ("tp", "fp", "fn", "ignored")
 _TP, _FP, _FN, _OTHER = range(4)
 
 Numbers = NDArray[np.int64]
@@ -178,7 +177,7 @@ class CityscapesInstanceMetric(ArrayMetric):
         outputs = (areas, object_areas, shared)
         bad = compiled("shared_pixels")(*masks[0], *masks[1], height, height * width, *outputs)
         if bad >= 0:
-            raise _bad_mask(truth, objects, found, bad)
+            raise bad_mask(truth, objects, found, bad)
         void = self._void(truth, found, height, width) - shared[:, numbered].sum(axis=1)
         shared[:, numbered] = 0
         small = object_areas < _SMALLEST
@@ -238,7 +237,7 @@ class CityscapesInstanceMetric(ArrayMetric):
             c = self.scored[place]
             ids = [None if i < 0 else i for i in (truth, predicted)]
             values = [None if v < 0 else v for v in (iou, score)]
-            yield Match(c.name, c.label_id, ids[0], ids[1], values[0], values[1], _OUTCOMES[outcome])
+            yield Match(c.name, c.label_id, ids[0], ids[1], values[0], values[1], OUTCOMES[outcome])
 
     def confusion(self, total: Arrays) -> Confusion | None:
         """None: objects are matched with detections of their own class only."""

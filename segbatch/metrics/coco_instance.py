@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from segbatch.errors import ConfigError
 from segbatch.metrics.arrays import Arrays
 from segbatch.metrics.base import (
     DEFAULTS,
@@ -23,6 +22,7 @@ from segbatch.metrics.base import (
     Row,
     same_size,
 )
+from segbatch.metrics.boundaries import boundary_part
 from segbatch.metrics.coco_bootstrap import resampled
 from segbatch.metrics.coco_figures import (
     Curves,
@@ -36,7 +36,7 @@ from segbatch.metrics.coco_figures import (
     proposal_recall,
     ranking,
 )
-from segbatch.metrics.coco_matching import BOUNDARY, Matcher, check, rules_of, scored_classes
+from segbatch.metrics.coco_matching import Matcher, check, rules_of, scored_classes
 from segbatch.metrics.coco_states import Layout, columns, merged, state_columns, states_of
 from segbatch.metrics.columns import NO_INSTANCES, instances_of
 from segbatch.records import ClassInfo, ClassTable, Figure
@@ -103,7 +103,7 @@ class CocoInstanceMetric:
         """
         self.scored: tuple[ClassInfo, ...] = scored_classes(classes, self.name)
         self._rules = rules_of(self.rules, options)
-        self._matcher = Matcher(classes, self._rules, self.kinds, _boundary(options))
+        self._matcher = Matcher(classes, self._rules, self.kinds, boundary_part(options))
         self._layout = Layout(self.kinds, len(self._rules.proposals), self._rules.bits)
         self._ids = np.array(sorted(c.label_id for c in self.scored), np.int64)
         self._places: list[int] = np.searchsorted(self._ids, [c.label_id for c in self.scored]).tolist()
@@ -258,16 +258,3 @@ class CocoBoundaryMetric(CocoInstanceMetric):
     state_columns: ClassVar[tuple[str, ...]] = state_columns(("boundary",))
     accepts: ClassVar[frozenset[str]] = frozenset({"ious", "max_detections", "boundary"})
     kinds: ClassVar[tuple[str, ...]] = ("boundary",)
-
-
-def _boundary(options: MetricOptions) -> float:
-    """Width of boundaries as a part of the diagonal.
-
-    Raises:
-        ConfigError: it is outside 0..1.
-    """
-    if options.boundary is None:
-        return BOUNDARY
-    if not 0 < options.boundary <= 1:
-        raise ConfigError(f"the boundary's width is {options.boundary}", "give a part of the diagonal, e.g. 0.02")
-    return options.boundary

@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from segbatch.errors import ConfigError, DataError
 from segbatch.metrics.base import MetricOptions, Row
+from segbatch.metrics.boundaries import BOUNDARY, boundary_width
 from segbatch.metrics.coco_figures import Matches, Rules, Words, boundary_overlaps, compiled, ranks_of
 from segbatch.metrics.coco_states import partners
 from segbatch.metrics.columns import Instances, instances_of
 from segbatch.records import ClassInfo, ClassTable
-
-BOUNDARY = 0.02
-"""Width of the official boundary, as a part of the image's diagonal."""
 
 WORD = 64
 """Combinations of range and threshold that a state holds."""
@@ -217,17 +215,8 @@ def overlaps_of(
     else:
         bad = compiled("mask_overlaps")(*masks, areas, ious)
     if bad >= 0:
-        raise _bad_mask(row, objects, found, bad)
+        raise bad_mask(row, objects, found, bad)
     return _Overlaps(ious, areas.astype(np.float64))
-
-
-def boundary_width(height: int, width: int, part: float = BOUNDARY) -> int:
-    """Width in pixels of the boundaries of an image: 1 at least, ``part`` of its diagonal (mask_to_boundary).
-
-    >>> boundary_width(480, 640), boundary_width(10, 10)
-    (16, 1)
-    """
-    return max(round(part * float(np.sqrt(height**2 + width**2))), 1)
 
 
 def _scored(order: NDArray[np.int64], classes: NDArray[np.int64]) -> _Order:
@@ -258,7 +247,7 @@ def check(found: Instances, row: Row) -> None:
         raise DataError(problem, "give each an id of its own", "duplicate-id")
 
 
-def _bad_mask(row: Row, objects: Instances, found: Instances, place: int) -> DataError:
+def bad_mask(row: Row, objects: Instances, found: Instances, place: int) -> DataError:
     """What is wrong with the mask of a detection, or of the object at ``place - len(found)``."""
     from segbatch.codecs import rle
 

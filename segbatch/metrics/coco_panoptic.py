@@ -16,8 +16,10 @@ from segbatch.codecs import columns as run_columns
 from segbatch.codecs import runlength
 from segbatch.codecs.runlength import Runs
 from segbatch.errors import ConfigError, DataError
-from segbatch.metrics.base import ClassCount, Confusion, ImageScore, Row, image_order, same_size
+from segbatch.metrics import panoptic_quality as quality
+from segbatch.metrics.base import Confusion, ImageScore, Row, image_order, same_size
 from segbatch.metrics.columns import list_array, lists_of, segments_of
+from segbatch.metrics.panoptic_quality import Totals
 from segbatch.records import ClassInfo, ClassTable, Figure
 
 _VOID = -1
@@ -86,23 +88,6 @@ class _Meetings(NamedTuple):
     truth: NDArray[np.intp]
     predicted: NDArray[np.intp]
     pixels: NDArray[np.float64]
-
-
-class _Totals(NamedTuple):
-    """Sum of IoUs and numbers of segments, of shape (classes,) in class order."""
-
-    iou: NDArray[np.float64]
-    tp: NDArray[np.int64]
-    fp: NDArray[np.int64]
-    fn: NDArray[np.int64]
-
-
-class _Quality(NamedTuple):
-    """Panoptic, segmentation and recognition quality, 0..1."""
-
-    pq: float
-    sq: float
-    rq: float
 
 
 class CocoPanopticMetric:
@@ -274,39 +259,18 @@ class CocoPanopticMetric:
 
     def compute(self, total: SegmentMatches) -> list[Figure]:
         """All classes, things, stuff; then ``pq``, ``sq``, ``rq`` by class. Support is true segments without crowds."""
-        totals = self._totals(total)
-        qualities = _qualities(totals)
-        support = (totals.tp + totals.fn).tolist()
-        chosen = {
-            "": range(len(self.scored)),
-            "_things": [i for i, c in enumerate(self.scored) if c.isthing],
-            "_stuff": [i for i, c in enumerate(self.scored) if not c.isthing],
-        }
-        figures = []
-        for suffix, places in chosen.items():
-            values = _mean([qualities[i] for i in places])
-            objects = sum(support[i] for i in places)
-            for name in _Quality._fields:
-                figures.append(Figure(f"{name}{suffix}", getattr(values, name, None), support=objects))
-        for name in _Quality._fields:
-            for c, quality, objects in zip(self.scored, qualities, support, strict=True):
-                figures.append(Figure(name, getattr(quality, name, None), c.name, support=objects))
-        return figures
+        return quality.figures(self._totals(total), self.scored)
 
     def image(self, state: SegmentMatches) -> ImageScore:
         """The image's own panoptic quality: the mean over the classes that occur in it."""
         totals = self._totals(state)
-        quality = _mean(_qualities(totals))
-        counts = (t.tolist() for t in (totals.tp, totals.fp, totals.fn))
-        rows = zip(self.scored, *counts, strict=True)
-        classes = tuple(ClassCount(c.name, c.label_id, tp, fp, fn) for c, tp, fp, fn in rows if tp + fp + fn)
-        return ImageScore(quality.pq if quality else None, classes)
+        return ImageScore(quality.image_quality(totals), quality.class_counts(totals, self.scored))
 
     def confusion(self, total: SegmentMatches) -> Confusion | None:
         """None: segments match those of their own class only."""
         return None
 
-    def _totals(self, total: SegmentMatches) -> _Totals:
+    def _totals(self, total: SegmentMatches) -> Totals:
         """Sums by class; IoUs are added one by one, in the order of the image ids."""
         order = image_order(total.images)
         counts = total.matches[order]
@@ -314,7 +278,7 @@ class CocoPanopticMetric:
         places = np.repeat(firsts[order] - (ends - counts), counts) + np.arange(len(total.iou))
         classes, error_classes = (self._places(c) for c in (total.category[places], total.error_category))
         n = len(self.scored)
-        return _Totals(
+        return Totals(
             _sums(classes, total.iou[places], n),
             np.bincount(classes, minlength=n),
             *(_sums(error_classes, e, n).astype(np.int64) for e in (total.fp, total.fn)),
@@ -352,23 +316,3 @@ def _matches(left: _Map, right: _Map, meetings: _Meetings, truth: Row) -> tuple[
     order = np.lexsort((right.ids[other], left.ids[one]))
     order = order[iou[order] > _MATCH]
     return places[order], iou[order]
-
-
-def _qualities(totals: _Totals) -> list[_Quality | None]:
-    """By class; None for those that do not occur."""
-    found: list[_Quality | None] = []
-    for iou, tp, fp, fn in zip(*(t.tolist() for t in totals), strict=True):
-        segments = tp + 0.5 * fp + 0.5 * fn
-        found.append(_Quality(iou / segments, iou / tp if tp else 0.0, tp / segments) if segments else None)
-    return found
-
-
-def _mean(qualities: Iterable[_Quality | None]) -> _Quality | None:
-    """Mean of those that are there, in their order; None without any."""
-    there = [q for q in qualities if q is not None]
-    if not there:
-        return None
-    sums = [0.0, 0.0, 0.0]
-    for quality in there:
-        sums = [s + q for s, q in zip(sums, quality, strict=True)]
-    return _Quality(*(s / len(there) for s in sums))

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
 from segbatch.metrics.base import DEFAULTS, Detail, ImageScore, MetricOptions, Row, same_size
-from segbatch.metrics.boundary_iou import boundary_width
+from segbatch.metrics.boundaries import boundary_part, boundary_width
 from segbatch.metrics.calibration import TOP, confidence_of
 from segbatch.metrics.coco_matching import Places, check, overlaps_of, scored_classes
 from segbatch.metrics.columns import NO_INSTANCES, Instances, instances_of
 from segbatch.metrics.semantic import IDS, ratio
 from segbatch.metrics.semantic_errors import (
+    BOUNDARY,
     Numbers,
     Stretches,
     added,
-    boundary_part,
     compiled,
     interior_of,
     size_of,
@@ -135,7 +135,7 @@ class LabelErrorsMetric(ArrayMetric):
         """
         self._classes = classes
         self._scored: tuple[ClassInfo, ...] = classes.scored
-        self._part = boundary_part(options)
+        self._part = boundary_part(options, BOUNDARY)
         self._place = np.full(IDS, len(self._scored), np.intp)
         self._place[[c.label_id for c in self._scored]] = np.arange(len(self._scored))
         self.fields = {  # type: ignore[misc]  # as many rows as there are classes

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from segbatch.errors import ConfigError
 from segbatch.metrics.arrays import ArrayMetric, Field
 from segbatch.metrics.base import DEFAULTS, Confusion, Detail, ImageScore, MetricOptions, Row
-from segbatch.metrics.boundary_iou import boundary_width
+from segbatch.metrics.boundaries import boundary_part, boundary_width
 from segbatch.metrics.semantic import IDS, Joint, SemanticMetric, plain_mean, ratio, runs_of
 from segbatch.records import ClassTable, Figure
 
@@ -100,18 +99,6 @@ def added(places: Numbers, values: Numbers, number: int = 0) -> Numbers:
     return np.bincount(places, values, number).astype(np.int64)
 
 
-def boundary_part(options: MetricOptions) -> float:
-    """Width of the boundary as a part of the diagonal.
-
-    Raises:
-        ConfigError: it is not above 0 and at most 1.
-    """
-    part = BOUNDARY if options.boundary is None else options.boundary
-    if not 0 < part <= 1:
-        raise ConfigError(f"the boundary's width is {part}", "give a part of the diagonal, above 0 and at most 1")
-    return part
-
-
 @functools.cache
 def compiled(name: str) -> Callable[..., Any]:
     """A loop of ``_errors_kernels``."""
@@ -179,7 +166,7 @@ class SemanticErrorsMetric:
             ConfigError: the boundary's width is not above 0 and at most 1.
         """
         self._semantic = SemanticMetric(classes)
-        self._part = boundary_part(options)
+        self._part = boundary_part(options, BOUNDARY)
 
     # -- states --------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from segbatch.codecs import columns, runlength
 from segbatch.metrics.base import Row
-from segbatch.metrics.boundary_iou import BoundaryIouMetric, boundary_width
+from segbatch.metrics.boundaries import boundary_width
+from segbatch.metrics.boundary_iou import BoundaryIouMetric
 from segbatch.metrics.semantic import SemanticMetric
 from segbatch.records import ClassInfo, ClassTable
 

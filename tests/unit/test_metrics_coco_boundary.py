@@ -19,8 +19,9 @@ from segbatch.codecs import rle
 from segbatch.errors import ConfigError, DataError
 from segbatch.metrics import registry
 from segbatch.metrics.base import MetricOptions
+from segbatch.metrics.boundaries import boundary_width
 from segbatch.metrics.coco_instance import CocoBoundaryMetric
-from segbatch.metrics.coco_matching import boundary_width, overlaps_of
+from segbatch.metrics.coco_matching import overlaps_of
 from segbatch.metrics.columns import instances_of
 from segbatch.records import ClassInfo, ClassTable
 

@@ -21,7 +21,7 @@ from segbatch.datasets import tables
 from segbatch.errors import ConfigError, DataError
 from segbatch.metrics import registry
 from segbatch.metrics.base import DEFAULTS, Metric, MetricOptions, Resamples, Row
-from segbatch.metrics.boundary_iou import boundary_width
+from segbatch.metrics.boundaries import boundary_width
 from segbatch.metrics.semantic import SemanticMetric
 from segbatch.records import ClassInfo, ClassTable, Figure
 
