@@ -264,6 +264,8 @@ def _match_class(
         for i in range(order.size):  # as if none were matched; those that are take their bits back
             if _outside(areas[order[i]], ranges, size):
                 ignored[i] |= every << np.uint64(size * thresholds.size)
+        if not tops.size:
+            continue
         for j in range(objects.size):
             ignore[j] = crowd[objects[j]] or _outside(object_areas[objects[j]], ranges, size)
         for t in range(thresholds.size):
@@ -283,6 +285,54 @@ def _match_class(
                     else:
                         matched[i] |= bit
                         ignored[i] &= ~bit
+
+
+@_part
+def _match_classes(
+    ious: Floats,
+    order: Offsets,
+    classes: Offsets,
+    objects: Offsets,
+    object_classes: Offsets,
+    areas: Floats,
+    object_areas: Floats,
+    crowd: Flags,
+    thresholds: Floats,
+    ranges: Floats,
+    most: Any,
+    matched: Words,
+    ignored: Words,
+    partners: Offsets,
+    shares: Floats,
+) -> None:
+    """See ``match``."""
+    begin = first = 0
+    while begin < order.size:
+        end = begin
+        while end < order.size and classes[end] == classes[begin]:
+            end += 1
+        while first < objects.size and object_classes[first] < classes[begin]:
+            first += 1
+        past = first
+        while past < objects.size and object_classes[past] == classes[begin]:
+            past += 1
+        stop = min(end, begin + most)
+        _match_class(
+            ious,
+            order[begin:stop],
+            objects[first:past],
+            areas,
+            object_areas,
+            crowd,
+            thresholds,
+            ranges,
+            matched[begin:stop],
+            ignored[begin:stop],
+            partners[begin:stop],
+            shares[begin:stop],
+            first,
+        )
+        begin, first = end, past
 
 
 def match(
@@ -318,33 +368,52 @@ def match(
             it is where there is none. Empty where nobody asks.
         shares: IoUs with these, likewise.
     """
-    begin = first = 0
-    while begin < order.size:
-        end = begin
-        while end < order.size and classes[end] == classes[begin]:
-            end += 1
-        while first < objects.size and object_classes[first] < classes[begin]:
-            first += 1
-        past = first
-        while past < objects.size and object_classes[past] == classes[begin]:
-            past += 1
-        stop = min(end, begin + most)
-        _match_class(
-            ious,
-            order[begin:stop],
-            objects[first:past],
-            areas,
-            object_areas,
-            crowd,
-            thresholds,
-            ranges,
-            matched[begin:stop],
-            ignored[begin:stop],
-            partners[begin:stop],
-            shares[begin:stop],
-            first,
-        )
-        begin, first = end, past
+    sizes = (areas, object_areas, crowd)
+    outputs: Any = (matched, ignored, partners, shares)
+    _match_classes(ious, order, classes, objects, object_classes, *sizes, thresholds, ranges, most, *outputs)
+
+
+def match_image(
+    ious: Floats,
+    order: Offsets,
+    classes: Offsets,
+    objects: Offsets,
+    object_classes: Offsets,
+    by_score: Offsets,
+    areas: Floats,
+    object_areas: Floats,
+    crowd: Flags,
+    thresholds: Floats,
+    ranges: Floats,
+    most: Any,
+    numbers: Offsets,
+    matched: Words,
+    ignored: Words,
+    partners: Offsets,
+    shares: Floats,
+    counts: NDArray[np.uint16],
+) -> None:
+    """``match``, and whatever the class: how often each bit is set among the best ``numbers[i]``, into ``counts[i]``.
+
+    Args:
+        by_score: places in ``order``, the best first.
+        numbers: ascending.
+        counts: zeros of shape (numbers, bits).
+
+    The others are as in ``match``.
+    """
+    sizes = (areas, object_areas, crowd)
+    outputs: Any = (matched, ignored, partners, shares)
+    _match_classes(ious, order, classes, objects, object_classes, *sizes, thresholds, ranges, most, *outputs)
+    best = order[by_score[: numbers[-1]]]
+    hits, none = np.zeros(best.size, np.uint64), np.zeros(best.size, np.uint64)
+    _match_class(ious, best, objects, *sizes, thresholds, ranges, hits, none, partners[:0], shares[:0], 0)
+    for place in range(best.size):
+        if hits[place]:
+            for i in range(numbers.size):
+                if place < numbers[i]:
+                    for bit in range(counts.shape[1]):
+                        counts[i, bit] += (hits[place] >> np.uint64(bit)) & np.uint64(1)
 
 
 def ranges_of(areas: Floats, crowd: Flags, ranges: Floats, words: Words) -> None:
@@ -353,14 +422,6 @@ def ranges_of(areas: Floats, crowd: Flags, ranges: Floats, words: Words) -> None
         for size in range(ranges.size // 2):
             if not crowd[i] and not _outside(areas[i], ranges, size):
                 words[i] |= np.uint64(1) << np.uint64(size)
-
-
-def count_bits(words: Words, most: Offsets, counts: NDArray[np.uint16]) -> None:
-    """How often each bit is set in the first ``most[i]`` words, into ``counts[i]``."""
-    for i in range(most.size):
-        for place in range(min(most[i], words.size)):
-            for bit in range(counts.shape[1]):
-                counts[i, bit] += (words[place] >> np.uint64(bit)) & np.uint64(1)
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -405,14 +466,51 @@ def accumulate(
                             found[hits - 1] = hits / (np.float64(misses + hits) + _EPSILON)
                         elif not (ignored[i] >> shift) & np.uint64(1):
                             misses += 1
-                for i in range(hits - 1, 0, -1):
-                    found[i - 1] = max(found[i - 1], found[i])
                 recall[place, m, t] = hits / objects[place]
-                i = 0
-                for r in range(recalls.size):
-                    while i < hits and (i + 1) / objects[place] < recalls[r]:
-                        i += 1
-                    precision[place, m, t, r] = found[i] if i < hits else 0.0
+                _sample(found[:hits], objects[place], recalls, precision[place, m, t])
+
+
+def average_precisions(
+    matched: Words,
+    ignored: Words,
+    starts: Offsets,
+    stops: Offsets,
+    objects: Offsets,
+    recalls: Floats,
+    precision: NDArray[np.float64],
+) -> None:
+    """Precision at every recall of many groups of detections at once, objects of any size: bit t is threshold t.
+
+    Args:
+        matched, ignored: words of the detections, those of a group the best first.
+        starts, stops: where those of each group begin and end.
+        objects: of each group, at least 1.
+        recalls: at which the precision is wanted, ascending.
+        precision: (groups, thresholds, recalls).
+    """
+    found = np.empty(matched.size, np.float64)
+    for group in range(starts.size):
+        for t in range(precision.shape[1]):
+            hits = misses = 0
+            for i in range(starts[group], stops[group]):
+                if (matched[i] >> np.uint64(t)) & np.uint64(1):
+                    hits += 1
+                    found[hits - 1] = hits / (np.float64(misses + hits) + _EPSILON)
+                elif not (ignored[i] >> np.uint64(t)) & np.uint64(1):
+                    misses += 1
+            _sample(found[:hits], objects[group], recalls, precision[group, t])
+
+
+@_part
+def _sample(found: NDArray[np.float64], objects: int, recalls: Floats, precision: NDArray[np.float64]) -> None:
+    """The greatest precision at or behind each recall; ``found`` has that of each hit, and is overwritten."""
+    for i in range(found.size - 1, 0, -1):
+        found[i - 1] = max(found[i - 1], found[i])
+    i = 0
+    for r in range(recalls.size):
+        while i < found.size and (i + 1) / objects < recalls[r]:
+            i += 1
+        precision[r] = found[i] if i < found.size else 0.0
 
 
 # ------------------------------------------------------------------------------------------------ compiling
@@ -453,7 +551,24 @@ def _signature(function: Callable[..., Any], _: Any) -> Any:
             _write(_FLOAT),
         ),
         ranges_of: types.void(_read(_FLOAT), _read(_FLAG), _read(_FLOAT), _write(_WORD)),
-        count_bits: types.void(_read(_WORD), _read(_NUMBER), _write(types.uint16, 2)),
+        match_image: types.void(
+            _read(_FLOAT, 2),
+            *_ORDER,
+            *_ORDER,
+            _read(_NUMBER),
+            _read(_FLOAT),
+            _read(_FLOAT),
+            _read(_FLAG),
+            _read(_FLOAT),
+            _read(_FLOAT),
+            _NUMBER,
+            _read(_NUMBER),
+            _write(_WORD),
+            _write(_WORD),
+            _write(_NUMBER),
+            _write(_FLOAT),
+            _write(types.uint16, 2),
+        ),
         accumulate: types.void(
             _read(_WORD),
             _read(_WORD),
@@ -462,6 +577,15 @@ def _signature(function: Callable[..., Any], _: Any) -> Any:
             _read(_NUMBER),
             _read(_FLOAT),
             _write(_FLOAT, 4),
+            _write(_FLOAT, 3),
+        ),
+        average_precisions: types.void(
+            _read(_WORD),
+            _read(_WORD),
+            _read(_NUMBER),
+            _read(_NUMBER),
+            _read(_NUMBER),
+            _read(_FLOAT),
             _write(_FLOAT, 3),
         ),
     }

@@ -8,9 +8,9 @@ order or in ``image_order``.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from segbatch.errors import DataError
 from segbatch.records import Figure
+
+if TYPE_CHECKING:
+    from segbatch.metrics.image_table import ImageTable
 
 S = TypeVar("S")
 State = TypeVar("State", covariant=True)
@@ -46,6 +49,30 @@ class Row:
         """The row's value in an integer column; None for null."""
         value: int | None = self.batch.column(name)[self.index].as_py()
         return value
+
+
+def texts(rows: Sequence[Row | None], name: str) -> list[str | None]:
+    """``Row.text`` of many rows, most of them neighbours; None where there is no row."""
+    return _values(rows, lambda batch: batch.column(name).to_pylist())
+
+
+def present(rows: Sequence[Row | None], name: str) -> list[bool | None]:
+    """Whether each row has something in a column; None where there is no row."""
+    return _values(rows, lambda batch: batch.column(name).is_valid().to_pylist())
+
+
+def _values(rows: Sequence[Row | None], of: Callable[[pa.RecordBatch], list[Any]]) -> list[Any]:
+    """What ``of`` gives for each row's batch, at the row's place."""
+    batches: dict[int, list[Any]] = {}
+    found: list[Any] = []
+    for row in rows:
+        if row is None:
+            found.append(None)
+            continue
+        if id(row.batch) not in batches:
+            batches[id(row.batch)] = of(row.batch)
+        found.append(batches[id(row.batch)][row.index])
+    return found
 
 
 def same_size(truth: Row, predicted: Row) -> tuple[int, int]:
@@ -118,71 +145,6 @@ class Match:
 
 
 OUTCOMES: tuple[Outcome, ...] = ("tp", "fp", "fn", "ignored")
-
-
-class MatchTable(Sequence[Match]):
-    """Matches as arrays, for evaluators with many of them; each a ``Match`` to who asks for one.
-
-    Args:
-        names: of classes by label id.
-        labels: label ids, int64 of shape (n,).
-        truth_ids, predicted_ids: int64 of shape (n,); of any value where there is none.
-        has_truth, has_prediction: whether there is one, bool of shape (n,).
-        ious, scores: float64 of shape (n,); they count where both, or a detection, are there.
-        outcomes: places in ``OUTCOMES``, int64 of shape (n,).
-    """
-
-    def __init__(
-        self,
-        names: Mapping[int, str],
-        labels: NDArray[np.int64],
-        truth_ids: NDArray[np.int64],
-        predicted_ids: NDArray[np.int64],
-        has_truth: NDArray[np.bool_],
-        has_prediction: NDArray[np.bool_],
-        ious: NDArray[np.float64],
-        scores: NDArray[np.float64],
-        outcomes: NDArray[np.int64],
-    ) -> None:
-        self._names, self._labels = names, labels
-        self._has_truth, self._has_prediction, self._outcomes = has_truth, has_prediction, outcomes
-        self._cells = {"truth_id": truth_ids, "predicted_id": predicted_ids, "iou": ious, "score": scores}
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        label, cells = int(self._labels[place]), {}
-        for name, values in self._cells.items():
-            cells[name] = None if self._missing(name)[place] else values[place].item()
-        return Match(self._names[label], label, **cells, outcome=OUTCOMES[self._outcomes[place]])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _missing(self, name: str) -> NDArray[np.bool_]:
-        """Where a column has no value."""
-        if name == "truth_id":
-            return ~self._has_truth
-        return ~self._has_prediction if name != "iou" else ~(self._has_truth & self._has_prediction)
-
-    def array(self, kind: pa.DataType) -> pa.StructArray:
-        """As items of the column ``matches`` of the ``images`` table, whose type is ``kind``."""
-        labels, places = np.unique(self._labels, return_inverse=True)
-        names = pa.array([self._names[i] for i in labels.tolist()], pa.string())
-        cells: dict[str, pa.Array] = {n: pa.array(v, mask=self._missing(n)) for n, v in self._cells.items()}
-        cells |= {
-            "class": names.take(pa.array(places)),
-            "label_id": pa.array(self._labels.astype(np.int32)),
-            "outcome": pa.array(OUTCOMES, pa.string()).take(pa.array(self._outcomes)),
-        }
-        return pa.StructArray.from_arrays([cells[f.name] for f in kind], fields=list(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +320,15 @@ class FoldsGroups(Protocol[S]):
 
     def complete(self, total: S) -> S:
         """The state without groups of which images are missing, for evaluations that leave those out."""
+        ...
+
+
+@runtime_checkable
+class ScoresBatches(Protocol[S_contra]):
+    """A metric that knows a fast way to ``image`` for many images at once."""
+
+    def images(self, states: Sequence[S_contra]) -> "ImageTable":
+        """What ``Metric.image`` says of each."""
         ...
 
 

@@ -16,9 +16,10 @@ from segbatch.metrics.bdd100k import compiled, ignored_ids, official_classes, un
 from segbatch.metrics.coco_figures import (
     Matches,
     Rules,
-    average_precision,
     counted,
     curves,
+    image_counts,
+    image_precisions,
     parts,
     ranking,
     ranks_of,
@@ -186,18 +187,11 @@ class Bdd100kInstanceMetric(ArrayMetric):
     def image(self, state: Arrays) -> ImageScore:
         """Mean AP over the classes that this image shows, as if it were the only image; counts are those at IoU .50."""
         matches = _as_matches(state)
-        classes = np.searchsorted(self._ids, matches.category)
-        words = (matches.matched[_KIND], matches.ignored[_KIND])
-        hit, wrong = (words[0] & _FIRST) != 0, ((words[0] | words[1]) & _FIRST) == 0
-        objects = counted(matches, self._ids, 1)[:, 0].tolist()
-        tp, fp = (np.bincount(classes[which], minlength=len(self._ids)).tolist() for which in (hit, wrong))
-        rows = zip(self.scored, objects, tp, fp, strict=True)
+        objects, hits, misses = image_counts(matches, _KIND, self._ids)
+        rows = zip(self.scored, objects[0].tolist(), hits[0].tolist(), misses[0].tolist(), strict=True)
         counts = tuple(ClassCount(c.name, c.label_id, t, f, max(n - t, 0)) for c, n, t, f in rows if n or f)
-        precision = []
-        for place in np.flatnonzero(objects):
-            mine = slice(*np.searchsorted(classes, [place, place + 1]))
-            precision.append(average_precision(words[0][mine], words[1][mine], objects[place], self.rules))
-        return ImageScore(float(np.mean(precision)) if precision else None, counts, tuple(self._matches(state)))
+        (score,) = image_precisions(matches, _KIND, self._ids, objects, self.rules).tolist()
+        return ImageScore(None if np.isnan(score) else score, counts, tuple(self._matches(state)))
 
     def confusion(self, total: Arrays) -> Confusion | None:
         """None: objects are matched with detections of their own class only."""

@@ -215,13 +215,70 @@ def curves(total: Matches, kind: str, ranked: Ranking, objects: NDArray[np.int64
     return found
 
 
-def average_precision(matched: Words, ignored: Words, objects: int, rules: Rules) -> float:
-    """AP of one class whose detections come the best first, for objects of any size, of which there are some."""
-    precision = np.empty((1, 1, len(rules.thresholds), len(rules.recalls)))
-    everything = (np.zeros(len(matched), np.int32), np.array([objects]), np.ones(1, np.int64))
-    recall = np.empty(precision.shape[:3])
-    compiled("accumulate")(matched, ignored, *everything, np.array(rules.recalls), precision, recall)
-    return float(np.mean(precision))
+class ImageCounts(NamedTuple):
+    """Images on their own, by class; int64 of shape (images, classes) each, classes in the order of their label ids.
+
+    Attributes:
+        objects: that count, of any size.
+        hits, misses: detections that are right, and wrong, at the least threshold.
+    """
+
+    objects: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    misses: NDArray[np.int64]
+
+
+_FIRST = np.uint64(1)
+"""The bit of the first range (all sizes) and the first threshold."""
+
+
+def image_counts(total: Matches, kind: str, label_ids: NDArray[np.int64]) -> ImageCounts:
+    """What the images show and what was found in them, with overlaps of ``kind``."""
+    shape = (len(total.images), len(label_ids))
+    matched, ignored = total.matched[kind], total.ignored[kind]
+    keys = image_classes(total.detections, total.category, label_ids)
+    owners = image_classes(total.objects, total.object_category, label_ids)
+    chosen = (
+        owners[(total.object_ranges & _FIRST) != 0],
+        keys[(matched & _FIRST) != 0],
+        keys[((matched | ignored) & _FIRST) == 0],
+    )
+    return ImageCounts(*(np.bincount(k, minlength=shape[0] * shape[1]).reshape(shape) for k in chosen))
+
+
+def image_classes(
+    sizes: NDArray[np.int64], category: NDArray[np.int32], label_ids: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Number ``image * classes + class`` of each detection or object; ``sizes``: how many each image has."""
+    images: NDArray[np.int64] = np.repeat(np.arange(len(sizes)), sizes) * len(label_ids)
+    return images + np.searchsorted(label_ids, category)
+
+
+def image_precisions(
+    total: Matches, kind: str, label_ids: NDArray[np.int64], objects: NDArray[np.int64], rules: Rules
+) -> NDArray[np.float64]:
+    """Mean AP, in any size, over the classes that an image shows, as if it were the only one; NaN where it shows none.
+
+    Args:
+        total: the images.
+        kind: of overlap.
+        label_ids: ascending.
+        objects: as in ``ImageCounts``.
+        rules: thresholds and recalls.
+
+    Returns:
+        float64 of shape (images,).
+    """
+    groups = np.flatnonzero(objects)
+    keys = image_classes(total.detections, total.category, label_ids)
+    precision = np.empty((len(groups), len(rules.thresholds), len(rules.recalls)))
+    spans = np.searchsorted(keys, groups), np.searchsorted(keys, groups, "right")
+    words = total.matched[kind], total.ignored[kind]
+    compiled("average_precisions")(*words, *spans, objects.ravel()[groups], np.array(rules.recalls), precision)
+    means = precision.mean(axis=(1, 2)) if len(groups) else np.empty(0)
+    ends = np.cumsum(np.count_nonzero(objects, axis=1))
+    parts = np.split(means, ends[:-1])
+    return np.array([float(np.mean(p)) if len(p) else np.nan for p in parts])
 
 
 def proposal_recall(hits: NDArray[np.int64], objects: NDArray[np.int64], part: Part) -> float | None:

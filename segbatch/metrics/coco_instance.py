@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from segbatch.metrics.arrays import Arrays
 from segbatch.metrics.base import (
     DEFAULTS,
-    ClassCount,
     Confusion,
     ImageScore,
     Key,
-    MatchTable,
     MetricOptions,
     Row,
     same_size,
@@ -29,9 +27,10 @@ from segbatch.metrics.coco_figures import (
     Matches,
     Part,
     Rules,
-    average_precision,
     counted,
     curves,
+    image_counts,
+    image_precisions,
     parts,
     proposal_recall,
     ranking,
@@ -39,6 +38,7 @@ from segbatch.metrics.coco_figures import (
 from segbatch.metrics.coco_matching import Matcher, check, rules_of, scored_classes
 from segbatch.metrics.coco_states import Layout, columns, merged, state_columns, states_of
 from segbatch.metrics.columns import NO_INSTANCES, instances_of
+from segbatch.metrics.image_table import ImageTable, MatchTable
 from segbatch.records import ClassInfo, ClassTable, Figure
 
 _FIRST = np.uint64(1)
@@ -106,6 +106,7 @@ class CocoInstanceMetric:
         self._matcher = Matcher(classes, self._rules, self.kinds, boundary_part(options))
         self._layout = Layout(self.kinds, len(self._rules.proposals), self._rules.bits)
         self._ids = np.array(sorted(c.label_id for c in self.scored), np.int64)
+        self._names = {c.label_id: c.name for c in self.scored}
         self._places: list[int] = np.searchsorted(self._ids, [c.label_id for c in self.scored]).tolist()
         self._parts = parts(self._rules)
 
@@ -164,8 +165,7 @@ class CocoInstanceMetric:
     def resampled(self, units: Sequence[Matches], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
         """See ``base.Resamples``."""
         owners = np.repeat(np.arange(len(units)), [len(u.images) for u in units])
-        names = {c.label_id: c.name for c in self.scored}
-        return resampled(self.merge(units), owners, times, self.kinds, self._rules, names)
+        return resampled(self.merge(units), owners, times, self.kinds, self._rules, self._names)
 
     def _of_proposals(self, kind: str, total: Matches, objects: NDArray[np.int64]) -> list[Figure]:
         shape = (len(self._rules.proposals), len(self._rules.ranges), len(self._rules.thresholds))
@@ -194,44 +194,65 @@ class CocoInstanceMetric:
 
         The counts are those at the least IoU (.50); they leave crowds out.
         """
-        matched, ignored = state.matched[self.kinds[0]], state.ignored[self.kinds[0]]
-        classes = np.searchsorted(self._ids, state.category)
-        hit, wrong = (matched & _FIRST) != 0, ((matched | ignored) & _FIRST) == 0
-        objects = counted(state, self._ids, 1)[:, 0].tolist()
-        tp, fp = (np.bincount(classes[which], minlength=len(self._ids)).tolist() for which in (hit, wrong))
-        found = tuple(
-            ClassCount(c.name, c.label_id, tp[place], fp[place], objects[place] - tp[place])
-            for c, place in zip(self.scored, self._places, strict=True)
-            if objects[place] or fp[place]
-        )
-        precision = []
-        for place in np.flatnonzero(objects):
-            mine = slice(*np.searchsorted(classes, [place, place + 1]))
-            precision.append(average_precision(matched[mine], ignored[mine], objects[place], self._rules))
-        score = float(np.mean(precision)) if precision else None
-        matches = None if state.partners is None else self._matches(state, state.partners, hit, wrong)
-        return ImageScore(score, found, matches)
+        return self.images([state]).image(0)
 
-    def _matches(
-        self, state: Matches, partners: Arrays, hit: NDArray[np.bool_], wrong: NDArray[np.bool_]
-    ) -> MatchTable:
-        """Of detections by class and the best first, then of the objects without any."""
-        ids, place = partners.flat("object_ids"), partners.flat("partners")
-        alone = np.setdiff1d(np.arange(len(ids)), place)
-        none, detections = np.zeros(len(alone), np.int64), len(place)
-        found = np.where(hit, 0, np.where(wrong, 1, 3))
-        counts = (state.object_ranges[alone] & _FIRST) != 0
-        return MatchTable(
-            names={c.label_id: c.name for c in self.scored},
-            labels=np.concatenate([state.category, state.object_category[alone]]).astype(np.int64),
-            truth_ids=np.concatenate([ids[place] if len(ids) else np.zeros(detections, np.int64), ids[alone]]),
-            predicted_ids=np.concatenate([partners.flat("detection_ids"), none]),
-            has_truth=np.concatenate([place >= 0, np.ones(len(alone), bool)]),
-            has_prediction=np.arange(detections + len(alone)) < detections,
-            ious=np.concatenate([partners.flat("ious"), np.zeros(len(alone))]),
-            scores=np.concatenate([state.score, np.zeros(len(alone))]),
-            outcomes=np.concatenate([found, np.where(counts, 2, 3)]),
+    def images(self, states: Sequence[Matches]) -> ImageTable:
+        """See ``base.ScoresBatches``."""
+        total, kind = self.merge(states), self.kinds[0]
+        counts = image_counts(total, kind, self._ids)
+        table = np.stack([np.broadcast_to(self._ids, counts.hits.shape), counts.hits, counts.misses], axis=-1)
+        table = np.concatenate([table, (counts.objects - counts.hits)[..., None]], axis=-1)[:, self._places]
+        shown = ((counts.objects > 0) | (counts.misses > 0))[:, self._places]
+        partners = [s.partners for s in states if s.partners is not None]
+        matches, sizes = (
+            self._matches(total, partners) if len(partners) == len(states) else (None, np.zeros(len(states), np.int64))
         )
+        return ImageTable(
+            scores=image_precisions(total, kind, self._ids, counts.objects, self._rules),
+            names=self._names,
+            counts=table[shown],
+            count_sizes=np.count_nonzero(shown, axis=1),
+            matches=matches,
+            match_sizes=sizes,
+        )
+
+    def _matches(self, total: Matches, partners: Sequence[Arrays]) -> tuple[MatchTable, NDArray[np.int64]]:
+        """Image by image, of detections by class and the best first, then of the objects without any; and how many."""
+        detection_ids, ids, ious, places = (
+            np.concatenate([np.empty(0, dtype), *(p.flat(name) for p in partners)])
+            for name, dtype in (
+                ("detection_ids", np.int64),
+                ("object_ids", np.int64),
+                ("ious", np.float64),
+                ("partners", np.int64),
+            )
+        )
+        images = np.arange(len(partners))
+        of_detections, of_objects = (np.repeat(images, n) for n in (total.detections, total.objects))
+        has_truth = places >= 0
+        object_places = places + (np.cumsum(total.objects) - total.objects)[of_detections]
+        is_alone = np.ones(len(ids), bool)
+        is_alone[object_places[has_truth]] = False
+        alone = np.flatnonzero(is_alone)
+        order = np.argsort(np.concatenate([of_detections, of_objects[alone]]), kind="stable")
+        matched, ignored = total.matched[self.kinds[0]], total.ignored[self.kinds[0]]
+        found = np.where((matched & _FIRST) != 0, 0, np.where(((matched | ignored) & _FIRST) == 0, 1, 3))
+        missed = np.where((total.object_ranges[alone] & _FIRST) != 0, 2, 3)
+        none, nothing = np.zeros(len(alone), np.int64), np.zeros(len(alone))
+        truth_ids = np.zeros(len(places), np.int64)
+        truth_ids[has_truth] = ids[object_places[has_truth]]
+        table = MatchTable(
+            names=self._names,
+            labels=np.concatenate([total.category, total.object_category[alone]]).astype(np.int64)[order],
+            truth_ids=np.concatenate([truth_ids, ids[alone]])[order],
+            predicted_ids=np.concatenate([detection_ids, none])[order],
+            has_truth=np.concatenate([has_truth, np.ones(len(alone), bool)])[order],
+            has_prediction=order < len(places),
+            ious=np.concatenate([ious, nothing])[order],
+            scores=np.concatenate([total.score, nothing])[order],
+            outcomes=np.concatenate([found, missed])[order],
+        )
+        return table, total.detections + np.bincount(of_objects[alone], minlength=len(partners))
 
     def confusion(self, total: Matches) -> Confusion | None:
         """None: objects are matched with detections of their own class only."""

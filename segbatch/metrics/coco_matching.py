@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from segbatch.errors import ConfigError, DataError
 from segbatch.metrics.base import MetricOptions, Row
 from segbatch.metrics.boundaries import BOUNDARY, boundary_width
-from segbatch.metrics.coco_figures import Matches, Rules, Words, boundary_overlaps, compiled, ranks_of
+from segbatch.metrics.coco_figures import Matches, Rules, boundary_overlaps, compiled, ranks_of
 from segbatch.metrics.coco_states import partners
 from segbatch.metrics.columns import Instances, instances_of
 from segbatch.records import ClassInfo, ClassTable
@@ -69,10 +69,6 @@ class _Order(NamedTuple):
 
     places: NDArray[np.int64]
     classes: NDArray[np.int64]
-
-    def regardless(self, by: NDArray[np.int64]) -> "_Order":
-        """The same in the order ``by``, as if all were of one class."""
-        return _Order(self.places[by], np.zeros(len(by), np.int64))
 
 
 class _Overlaps(NamedTuple):
@@ -144,8 +140,7 @@ class Matcher:
         classes, object_classes = self._places.of(found, row), self._places.of(objects, row)
         best = _scored(np.lexsort((-found.score, classes)), classes)
         targets = _scored(np.argsort(object_classes, kind="stable"), object_classes)
-        best_of_all = best.regardless(np.argsort(-found.score[best.places], kind="stable"))
-        all_targets = targets.regardless(np.arange(len(targets.places)))
+        by_score = np.argsort(-found.score[best.places], kind="stable")
         object_ranges = np.zeros(len(objects.area), np.uint64)
         compiled("ranges_of")(objects.area, objects.crowd, self._ranges, object_ranges)
         kept = _few(best.classes, self._rules.detections[-1])
@@ -154,12 +149,25 @@ class Matcher:
         pairs = _Partners(np.full(len(best.places), -1), np.zeros(len(best.places)))
         for kind in self._kinds:
             overlaps = overlaps_of(kind, row, objects, found, self._least, self._boundary)
-            asked = pairs if kind == self._kinds[0] else _NOBODY
-            words = self._match(overlaps, objects, (best, targets), self._rules.detections[-1], asked)
-            matched[kind], ignored[kind] = (w[kept] for w in words)
-            hits, _ = self._match(overlaps, objects, (best_of_all, all_targets), self._rules.proposals[-1], _NOBODY)
+            words = np.zeros((2, len(best.places)), np.uint64)
             proposals[kind] = np.zeros((1, len(self._proposals), self._rules.bits), np.uint16)
-            compiled("count_bits")(hits, self._proposals, proposals[kind][0])
+            compiled("match_image")(
+                overlaps.ious,
+                *best,
+                *targets,
+                by_score,
+                overlaps.areas,
+                objects.area,
+                objects.crowd,
+                self._thresholds,
+                self._ranges,
+                self._rules.detections[-1],
+                self._proposals,
+                *words,
+                *(pairs if kind == self._kinds[0] else _NOBODY),
+                proposals[kind][0],
+            )
+            matched[kind], ignored[kind] = (w[kept] for w in words)
         name = row.text("sample_id") or ""
         return Matches(
             images=(name,),
@@ -176,16 +184,6 @@ class Matcher:
                 name, found.ids[places], pairs.places[kept], pairs.ious[kept], objects.ids[targets.places]
             ),
         )
-
-    def _match(
-        self, overlaps: _Overlaps, objects: Instances, orders: tuple[_Order, _Order], most: int, pairs: _Partners
-    ) -> tuple[Words, Words]:
-        """``matched`` and ``ignored`` of the detections in their order, of which the best ``most`` of a class count."""
-        best, targets = orders
-        words = np.zeros(len(best.places), np.uint64), np.zeros(len(best.places), np.uint64)
-        sizes = (overlaps.areas, objects.area, objects.crowd)
-        compiled("match")(overlaps.ious, *best, *targets, *sizes, self._thresholds, self._ranges, most, *words, *pairs)
-        return words
 
 
 def overlaps_of(

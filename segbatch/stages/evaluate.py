@@ -18,7 +18,7 @@ import pyarrow as pa
 from segbatch import runs, schemas, storage, tables
 from segbatch.errors import ConfigError, DataError
 from segbatch.metrics import registry
-from segbatch.metrics.base import DEFAULTS, FoldsGroups, Metric, MetricOptions, Row
+from segbatch.metrics.base import DEFAULTS, FoldsGroups, Metric, MetricOptions, Row, present, texts
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.stages import join, relabel
 from segbatch.stages.evaluate_finish import Summary, finish
@@ -141,7 +141,7 @@ class EvaluateWorker:
             for masks, truth in self._join.matched(item):
                 for i, name in enumerate(masks.column("sample_id").to_pylist()):
                     if name == sample_id:
-                        self._count(Row(relabel.relabelled(masks, self._ids), i), truth[i], {})
+                        self._rows(relabel.relabelled(masks.slice(i, 1), self._ids), [truth[i]], {})
 
     def _counted(self, shard: ShardRef, slot: str, skip: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
         """State rows of the shard; those of a group together, where the metric folds groups."""
@@ -150,7 +150,7 @@ class EvaluateWorker:
             for found, truth in self._join.matched(item):
                 masks = relabel.relabelled(found, self._ids)
                 self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
-                rows = [self._row(Row(masks, i), row, skip) for i, row in enumerate(truth)]
+                rows = self._rows(masks, truth, skip)
                 with self._lock:
                     self._rows_done += len(rows)
                 if not isinstance(self._metric, FoldsGroups):
@@ -164,11 +164,18 @@ class EvaluateWorker:
             if waiting:
                 yield self._batch(self._folded(waiting))
 
-    def _row(self, predicted: Row, truth: Row | None, skip: Mapping[str, str]) -> "_Counted":
-        status, error, state = self._count(predicted, truth, skip)
-        known = {name: truth.text(name) if truth else None for name in ("group_id", "split", "attributes", "image_uri")}
-        known["image_uri"] = known["image_uri"] or predicted.text("image_uri")
-        return _Counted({**known, "sample_id": predicted.text("sample_id"), "status": status, "error": error}, state)
+    def _rows(self, masks: pa.RecordBatch, truth: Sequence[Row | None], skip: Mapping[str, str]) -> "list[_Counted]":
+        """State rows of a batch of masks and the samples that belong to them."""
+        known = {name: texts(truth, name) for name in ("group_id", "split", "attributes", "image_uri")}
+        own = masks.column("image_uri").to_pylist()
+        known["image_uri"] = [theirs or ours for theirs, ours in zip(known["image_uri"], own, strict=True)]
+        known["sample_id"] = masks.column("sample_id").to_pylist()
+        obstacles = self._obstacles(masks, truth, skip)
+        rows = []
+        for i, row in enumerate(truth):
+            status, error, state = obstacles[i] or self._count(Row(masks, i), row)
+            rows.append(_Counted({n: v[i] for n, v in known.items()} | {"status": status, "error": error}, state))
+        return rows
 
     def _folded(self, rows: "Sequence[_Counted]") -> "list[_Counted]":
         """The rows with whole groups folded into their last rows."""
@@ -199,21 +206,35 @@ class EvaluateWorker:
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=schemas.STATE)
 
-    def _count(self, predicted: Row, truth: Row | None, skip: Mapping[str, str]) -> tuple[str, str | None, Any]:
-        """(status, error, state) of one image."""
-        name = predicted.text("sample_id") or ""
-        if name in skip:
-            return QUARANTINED, skip[name], None
-        if truth is None:
-            return UNKNOWN_SAMPLE, "the samples table has no such sample", None
-        if truth.text("status") != OK:
-            return NO_LABEL, f"sample is {truth.text('status')}", None
-        if not truth.column(self._metric.task_column)[truth.index].is_valid:
-            return NO_LABEL, f"sample has no {self._metric.task_column} label", None
-        if predicted.text("status") != OK:
-            return PREDICTION_FAILED, f"{predicted.text('status')}: {predicted.text('error') or ''}".rstrip(": "), None
-        if not predicted.column(self._metric.task_column)[predicted.index].is_valid:
-            return PREDICTION_FAILED, f"the masks have no {self._metric.task_column} prediction", None
+    def _obstacles(
+        self, masks: pa.RecordBatch, truth: Sequence[Row | None], skip: Mapping[str, str]
+    ) -> list[tuple[str, str, None] | None]:
+        """(status, error, no state) of rows that cannot be counted, None for the others."""
+        column = self._metric.task_column
+        labels, statuses = present(truth, column), texts(truth, "status")
+        predicted = masks.column(column).is_valid().to_pylist()
+        found: list[tuple[str, str, None] | None] = []
+        own = (masks.column(name).to_pylist() for name in ("sample_id", "status", "error"))
+        for i, (name, status, error) in enumerate(zip(*own, strict=True)):
+            if name in skip:
+                found.append((QUARANTINED, skip[name], None))
+            elif truth[i] is None:
+                found.append((UNKNOWN_SAMPLE, "the samples table has no such sample", None))
+            elif statuses[i] != OK:
+                found.append((NO_LABEL, f"sample is {statuses[i]}", None))
+            elif not labels[i]:
+                found.append((NO_LABEL, f"sample has no {column} label", None))
+            elif status != OK:
+                found.append((PREDICTION_FAILED, f"{status}: {error or ''}".rstrip(": "), None))
+            elif not predicted[i]:
+                found.append((PREDICTION_FAILED, f"the masks have no {column} prediction", None))
+            else:
+                found.append(None)
+        return found
+
+    def _count(self, predicted: Row, truth: Row | None) -> tuple[str, str | None, Any]:
+        """(status, error, state) of an image that nothing stands against."""
+        assert truth is not None
         try:
             return OK, None, self._metric.update(truth, predicted)
         except DataError as error:

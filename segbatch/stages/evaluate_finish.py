@@ -21,10 +21,10 @@ from segbatch.metrics.base import (
     HasDetails,
     ImageScore,
     Match,
-    MatchTable,
     Metric,
     MetricOptions,
     Row,
+    ScoresBatches,
 )
 from segbatch.records import OK, Figure
 from segbatch.stages import join, slices
@@ -311,12 +311,25 @@ def _inside(batch: pa.RecordBatch, chosen: set[str]) -> list[bool]:
 
 def _image_rows(batch: pa.RecordBatch, metric: Metric[Any], states: Sequence[Any]) -> pa.RecordBatch:
     """Rows of the images table for rows of state; score and classes are null where there is no state."""
-    scores = [metric.image(s) if s is not None else None for s in states]
     columns = {name: batch.column(name) for name in _IMAGE_COLUMNS}
-    columns["score"] = pa.array([s.score if s else None for s in scores], pa.float64())
-    columns["classes"] = pa.array([_class_rows(s) if s else None for s in scores], schemas.IMAGES.field("classes").type)
-    columns["matches"] = _matches([s.matches if s else None for s in scores])
+    if isinstance(metric, ScoresBatches):
+        there = [s is not None for s in states]
+        columns |= metric.images([s for s in states if s is not None]).columns(there)
+    else:
+        columns |= _scored([metric.image(s) if s is not None else None for s in states])
     return pa.RecordBatch.from_arrays([columns[name] for name in schemas.IMAGES.names], schema=schemas.IMAGES)
+
+
+def _scored(scores: Sequence[ImageScore | None]) -> dict[str, pa.Array]:
+    """Columns ``score``, ``classes`` and ``matches``."""
+    return {
+        "score": pa.array([s.score if s else None for s in scores], pa.float64()),
+        "classes": pa.array([_class_rows(s) if s else None for s in scores], schemas.IMAGES.field("classes").type),
+        "matches": pa.array(
+            [None if s is None or s.matches is None else list(map(_cells, s.matches)) for s in scores],
+            schemas.IMAGES.field("matches").type,
+        ),
+    }
 
 
 def _class_rows(score: ImageScore) -> list[dict[str, Any]]:
@@ -324,20 +337,6 @@ def _class_rows(score: ImageScore) -> list[dict[str, Any]]:
         {"class": c.class_name, "label_id": c.label_id, "tp": c.tp, "fp": c.fp, "fn": c.fn, "iou": c.iou}
         for c in score.classes
     ]
-
-
-def _matches(found: Sequence[Sequence[Match] | None]) -> pa.ListArray:
-    """The column ``matches`` of the ``images`` table."""
-    kind = schemas.IMAGES.field("matches").type
-    parts = [
-        m.array(kind.value_type) if isinstance(m, MatchTable) else pa.array(list(map(_cells, m)), kind.value_type)
-        for m in found
-        if m is not None
-    ]
-    items = pa.concat_arrays(parts) if parts else pa.array([], kind.value_type)
-    offsets = np.concatenate([[0], np.cumsum([0 if m is None else len(m) for m in found])]).astype(np.int32)
-    missing = pa.array([m is None for m in found], pa.bool_())
-    return pa.ListArray.from_arrays(pa.array(offsets), items, type=kind, mask=missing)
 
 
 def _cells(match: Match) -> dict[str, Any]:
