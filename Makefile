@@ -37,7 +37,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 unit: install
-	$(BIN)/pytest tests/unit tests/contract tests/golden -m "not ray and not flows and not s3 and not slow and not long" --numprocesses auto
+	$(BIN)/pytest tests/unit tests/contract tests/golden -m "not ray and not flows and not s3 and not slow and not long" --numprocesses auto --hypothesis-profile quick
 
 test: install $(S3_STAMP)
 	$(BIN)/pytest tests -m "not slow"

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import s3
+from hypothesis import settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 for _name in ("OMP_NUM_THREADS",):
     os.environ.setdefault(_name, "2")
+
+settings.register_profile("default", deadline=None)  # a busy machine is no failure
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.load_profile("default")
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -136,6 +136,7 @@ def test_the_protocol_prints_the_published_scores_of_lanes(data: Path) -> None:
     assert np.abs(np.array(found) - LANE_SCORES).max() < 5.1e-9  # as many digits as are printed there
 
 
+@pytest.mark.long
 def test_real_lanes_are_scored_by_the_official_rule_to_the_last_bit(data: Path) -> None:
     """Of the image with the most kinds of lanes, the columns that hold most of them."""
     name = "fe189115-9981a740"
@@ -147,6 +148,7 @@ def test_real_lanes_are_scored_by_the_official_rule_to_the_last_bit(data: Path) 
     assert 0 < (values["f1_pix1", ""] or 0) < (values["f1_pix5", ""] or 0) < 1
 
 
+@pytest.mark.long
 def test_real_objects_are_scored_by_the_official_rule_to_the_last_bit(data: Path) -> None:
     truth = pixels(data / "to_rle/ins_seg/masks/0.png")[::2, ::2]
     (entry,) = json.loads((data / "to_rle/ins_seg/scores.json").read_text())
@@ -159,6 +161,7 @@ def test_real_objects_are_scored_by_the_official_rule_to_the_last_bit(data: Path
     assert 0.2 < (values["segm_ap", ""] or 0) < 1
 
 
+@pytest.mark.long
 def test_real_segments_are_scored_by_the_official_rule_to_the_last_bit(data: Path) -> None:
     """The 60 labels of the frame as a bitmask, against themselves moved by some pixels."""
     (frame,) = json.loads((data / "sem_seg_rle/sem_seg_sample.json").read_text())

@@ -101,6 +101,7 @@ def test_random_cases_equal_pycocotools(start: int) -> None:
         assert figures_of(case, case.classes) == official_figures(case), seed
 
 
+@pytest.mark.long
 def test_only_the_best_thousand_of_an_image_are_proposals() -> None:
     case, rng = Case([1, 2]), np.random.default_rng(0)
     case.images.append({"id": 1, "height": 12, "width": 9, "file_name": "1.jpg"})
@@ -390,6 +391,7 @@ def boxes(val2014: Path) -> Case:
     return case
 
 
+@pytest.mark.long
 def test_published_figures_of_boxes(boxes: Case) -> None:
     found = figures_of(boxes, boxes.classes)
     twelve = tuple(found[f"bbox_{name}", ""] for name in TWELVE)
@@ -407,6 +409,7 @@ def test_faster_coco_eval_says_the_same(boxes: Case) -> None:
         assert found[key] == pytest.approx(value, abs=1e-12), key
 
 
+@pytest.mark.long
 def test_boundaries_of_real_masks_are_those_of_faster_coco_eval(val2014: Path) -> None:
     faster = pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     case = case_of(val2014 / "instances_val2014_100.json", coco_results(val2014, "segm"))

@@ -142,6 +142,7 @@ def test_masks_of_other_ids_are_matched_by_name(tmp_path: Path, samples: Path, m
     assert evaluate(other, samples, tmp_path / "out") == straight
 
 
+@pytest.mark.long
 def test_a_class_map_says_what_names_do_not(tmp_path: Path, samples: Path, masks: Path) -> None:
     straight = evaluate(masks, samples, tmp_path / "straight")
     theirs = ClassTable((ClassInfo(7, "street"), ClassInfo(8, "sky"), ClassInfo(11, "plant")))

@@ -85,6 +85,7 @@ class TestSplitCoco:
 
     @settings(deadline=None, max_examples=100)
     @given(documents(), st.booleans())
+    @pytest.mark.long
     def test_text_holds_the_slices_as_they_stand(self, document: dict[str, Any], spaced: bool) -> None:
         data = dumped(document, spaced, ascii_only=False)
         for image, raws in annotation_json.split_coco(data, URI).items():

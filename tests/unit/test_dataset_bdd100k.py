@@ -586,6 +586,7 @@ class TestPolygons:
 
     @settings(max_examples=25, deadline=None, derandomize=True)
     @given(st.data())
+    @pytest.mark.long
     def test_they_are_drawn_as_the_official_converter_draws_them(self, data: st.DataObject) -> None:
         width, height = data.draw(st.sampled_from([(1280, 720), (64, 40)]))
         pieces = data.draw(st.lists(st.sampled_from(["L", "CCC"]), min_size=2, max_size=6))

@@ -124,6 +124,7 @@ def test_the_layout_is_named_where_it_is_not_there(tmp_path: Path) -> None:
     assert not Ccp().recognises(Tree.of(str(tmp_path)))
 
 
+@pytest.mark.long
 def test_real_photos(shared_data: Any) -> None:
     source = shared_data("data/ccp")
     found, tree = registry.find("ccp", str(source))

@@ -422,6 +422,7 @@ class TestAnnotations:
             CocoInstances().classes(Tree.of(str(root)))
 
     @given(st.lists(st.one_of(st.integers(-3, 9), st.sampled_from(["", "x", 2**62, 2**63 - 1, 2**70])), max_size=12))
+    @pytest.mark.long
     def test_ids_are_unique_and_above_0_and_kept_where_they_can_be(self, given_ids: list[int | str]) -> None:
         ids, issues = coco_form.unique_ids(given_ids, "a.json")
         assert len(set(ids)) == len(ids) == len(given_ids) and all(0 < i < 2**63 for i in ids)

@@ -173,6 +173,7 @@ def test_automatic_batch_sizes() -> None:
 
 @pytest.mark.parametrize("size", [(321, 513), (1, 1), (7, 200)])
 @pytest.mark.parametrize("config", [UNetConfig(width=2, depth=5), UNetConfig(width=2, depth=2)])
+@pytest.mark.long
 def test_a_u_net_takes_any_size(config: UNetConfig, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     segmenter = TorchSegmenter(UNet(config, 3), spec_of(divisor=1 << (config.depth - 1)))

@@ -108,6 +108,7 @@ def test_a_bomb_is_not_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(deadline=None, max_examples=400)
 @given(st.booleans(), st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), max_size=4), st.integers(0, 700))
+@pytest.mark.long
 def test_damage_is_an_error_or_an_array(compressed: bool, changes: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(by_scipy(compressed, found=drawn((20, 15), "u1")))
     for at, value in changes:

@@ -80,6 +80,7 @@ def box(size: tuple[int, int], top: int, left: int, height: int, width: int) -> 
 @official_code
 @both
 @pytest.mark.usefixtures("scripts")
+@pytest.mark.long
 def test_pixel_level_figures_are_the_official_ones(kitti: bool, seeds: range) -> None:
     defined = 0
     for seed in seeds:
@@ -95,6 +96,7 @@ def test_pixel_level_figures_are_the_official_ones(kitti: bool, seeds: range) ->
 @official_code
 @both
 @pytest.mark.usefixtures("scripts")
+@pytest.mark.long
 def test_instance_level_figures_are_the_official_ones(kitti: bool, seeds: range) -> None:
     telling = gave_up = 0
     for seed in seeds:

@@ -130,6 +130,7 @@ def check_case(seed: int) -> bool:
     return [found[f"boundary_{name}", ""] for name in TWELVE] != [None if v == -1 else v for v in masks]
 
 
+@pytest.mark.long
 def test_all_figures_are_those_of_the_official_rule() -> None:
     different = sum(check_case(seed) for seed in range(30) if seed % 10 != 7)
     assert different >= 10
@@ -174,6 +175,7 @@ def iou(a: Mask, b: Mask) -> float:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 70), st.integers(1, 70), st.sampled_from((0.001, 0.02, 0.05, 0.1, 0.3, 1)))
+@pytest.mark.long
 def test_every_overlap_is_that_of_the_pixels(seed: int, height: int, width: int, part: float) -> None:
     rng = np.random.default_rng(seed)
     objects = [blob(rng, (height, width)) for _ in range(3)]

@@ -79,6 +79,7 @@ def check_options(seed: int) -> None:
     assert set(found) - proposals == set(expected) - proposals, (seed, options)
 
 
+@pytest.mark.long
 def test_figures_under_options_are_those_of_pycocotools() -> None:
     for seed in range(40):
         check_options(seed)

@@ -92,6 +92,7 @@ def test_all_figures_are_those_of_the_official_rule_at_length() -> None:
     assert 500 < sum(different) < 1900
 
 
+@pytest.mark.long
 def test_more_lesions_than_8_bits_hold() -> None:
     rng = np.random.default_rng(3)
     truth = np.full((14, 14, 12), 1, np.uint8)

@@ -111,6 +111,7 @@ def agree(four: dict[str, str], photos: list[NDArray[np.uint8]]) -> None:
             np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.long
 def test_four_files_of_one_network_give_the_same_labels(four: dict[str, str]) -> None:
     agree(four, [photo(61, 83), photo(64, 40, 1), photo(61, 83, 2), photo(33, 120, 3), photo(61, 83, 4)])
 

@@ -452,6 +452,7 @@ def test_the_backbone_can_be_exported() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.long
 def test_the_heads_can_be_exported(head: str) -> None:
     """For any number of regions."""
     heads, channels, auto = rcnn(head).roi_heads, 8 if head == "fpn" else 32, torch.export.Dim.AUTO

@@ -96,6 +96,7 @@ def test_it_learns(variant: str) -> None:
     assert check.accuracy_after(net, 80, 0.01, block=16) > 0.9
 
 
+@pytest.mark.long
 def test_median_frequency_weights_are_near_the_authors(shared_data: Callable[[str], Path]) -> None:
     """On the 367 photos; the authors took the median of 12 frequencies, void's among them.
 

@@ -125,6 +125,7 @@ def test_first_weights_and_dropout() -> None:
     assert [c for c, *_ in used] == [128, 256] and net.dropout.p == 0.5
 
 
+@pytest.mark.long
 def test_torch_export() -> None:
     check.exports_for_any_size(unet(depth=3))
 

@@ -89,6 +89,7 @@ def test_a_finished_model_is_kept_when_the_data_change(tmp_path: Path) -> None:
     assert trained_on(out) == 4 and len(masks(out)) == 3
 
 
+@pytest.mark.long
 def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (tmp_path / "camvid.toml").write_text(
@@ -100,6 +101,7 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(masks(tmp_path / "out" / "camvid")) == 3
 
 
+@pytest.mark.long
 def test_other_settings_of_a_training_are_refused(tmp_path: Path) -> None:
     tree, out = generators.image_masks(tmp_path / "tree"), tmp_path / "out"
     night(config(tree, out))

@@ -53,6 +53,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.long
 def test_a_toy_task_is_learned(tmp_path: Path) -> None:
     root = toy.toy(tmp_path / "data")
     seen: list[TrainProgress] = []
@@ -192,6 +193,7 @@ def test_wrong_configurations_are_refused_before_any_work(tmp_path: Path) -> Non
             config(root, tmp_path / "out", **changes)
 
 
+@pytest.mark.long
 def test_time_limits_end_a_training(tmp_path: Path) -> None:
     root = toy.toy(tmp_path / "data")
     result = train(config(root, tmp_path / "out", optim__epochs=0, optim__max_minutes=0.5 / 60))

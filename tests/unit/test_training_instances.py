@@ -201,6 +201,7 @@ class TestCrops:
         short_side=st.sampled_from([0, 11, 40]),
         elastic=st.sampled_from([0.0, 2.0]),
     )
+    @pytest.mark.long
     def test_things_lie_where_the_class_map_says(
         self,
         tmp_path_factory: pytest.TempPathFactory,
@@ -368,6 +369,7 @@ class TestSeparation:
             wanted = separation_weights(toy.pieces(np.equal(labels, toy.BRIGHT)), 10.0, 5.0)
             np.testing.assert_array_equal(found.borders[0], wanted)
 
+    @pytest.mark.long
     def test_a_network_is_trained_with_it(self, tmp_path: Path) -> None:
         root = toy.toy_things(tmp_path / "data")
         changes = {"model": {"kind": "unet", "width": 4, "depth": 2}, "data__border_weight": 2.0, "data__elastic": 1.0}
@@ -391,6 +393,7 @@ def figures(result: Any) -> list[float | None]:
 
 
 class TestLoop:
+    @pytest.mark.long
     def test_a_toy_task_is_learned_and_its_figures_recorded(self, tmp_path: Path, task: Task) -> None:
         root = toy.toy_things(tmp_path / "data")
         changes = {"val_split": "val", "val_every_epochs": 5}
@@ -442,6 +445,7 @@ class TestLoop:
 
 
 @pytest.mark.parametrize("kind", ["maskrcnn", "panoptic_fpn", "instancefcn"])
+@pytest.mark.long
 def test_the_built_in_networks_resume_bit_by_bit(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("torchvision", reason="the extra pretrained is not installed")
     root = toy.toy_things(tmp_path / "data", train=2, val=1)

@@ -148,6 +148,7 @@ def test_tiles_give_what_the_whole_photo_gives_within_the_margin() -> None:
     assert (semantic(without_margin) != semantic(whole)).any()
 
 
+@pytest.mark.long
 def test_tiles_of_a_real_frame_of_2048x1024(shared_data: Callable[[str], Path]) -> None:
     from segbatch.codecs import photo as codec
 

@@ -304,6 +304,7 @@ def test_refused_files(code: str, part: str, make: Callable[[], bytes]) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(files(("int16",)), st.integers(0, 600), st.binary(min_size=1, max_size=12))
+@pytest.mark.long
 def test_no_header_makes_another_error_than_ours(data: bytes, at: int, noise: bytes) -> None:
     plain = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     broken = plain[:at] + noise + plain[at + len(noise) :]
