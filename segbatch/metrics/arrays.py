@@ -4,6 +4,7 @@ A metric that derives from ``ArrayMetric`` says in ``fields`` what its arrays ar
 column ``arrays``.
 """
 
+import abc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from segbatch import schemas
 from segbatch.errors import SchemaError
-from segbatch.metrics.base import Key, image_order
+from segbatch.metrics.base import Key, Resampler, image_order
 from segbatch.records import Figure
 
 Array = NDArray[Any]
@@ -88,8 +89,8 @@ def _span(state: Arrays, name: str, starts: NDArray[np.int64], place: int) -> Ar
     return found
 
 
-class ArrayMetric:
-    """Base of metrics whose state is ``Arrays``: everything about states but making and reading them."""
+class ArrayStates:
+    """States that are ``Arrays``: to make, write, read and merge."""
 
     fields: ClassVar[Mapping[str, Field]]
     state_columns: ClassVar[tuple[str, ...]] = ("arrays",)
@@ -168,13 +169,17 @@ class ArrayMetric:
         images = tuple(name for s in found for name in s.images)
         return Arrays(images, tuple(name for s in found for name in s.groups), values, sizes)
 
-    def resampled(self, units: Sequence[Arrays], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
-        """See ``base.Resamples``."""
-        return collected(len(times), (self.compute(_repeated(self, units, row)) for row in times))
 
+class ArrayMetric(ArrayStates, abc.ABC):
+    """Base of metrics whose state is ``Arrays``: everything about states but what they mean."""
+
+    def resampler(self, units: Sequence[Arrays]) -> Resampler:
+        """See ``base.Resamples``."""
+        return lambda times: collected(len(times), (self.compute(_repeated(self, units, row)) for row in times))
+
+    @abc.abstractmethod
     def compute(self, total: Arrays) -> list[Figure]:
         """The figures of the metric that derives from this."""
-        raise NotImplementedError
 
 
 def collected(resamples: int, results: Iterable[Sequence[Figure]]) -> dict[Key, NDArray[np.float64]]:

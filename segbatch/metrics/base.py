@@ -335,20 +335,19 @@ class ScoresBatches(Protocol[S_contra]):
 Key = tuple[str, str]
 """Metric and class name of a figure; the class is empty for a figure over all classes."""
 
+Resampler = Callable[[NDArray[np.int64]], Mapping[Key, NDArray[np.float64]]]
+"""See ``Resamples``."""
+
 
 @runtime_checkable
 class Resamples(Protocol[S_contra]):
     """A metric that knows a fast way to its figures for many resamples of the data."""
 
-    def resampled(self, units: Sequence[S_contra], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
-        """The figures of ``compute`` for every resample.
+    def resampler(self, units: Sequence[S_contra]) -> "Resampler":
+        """What gives the figures of ``compute`` for resamples of ``units``: images, or groups of them merged.
 
-        Args:
-            units: states of what is drawn: images, or groups of them merged.
-            times: how often each unit is drawn, int64 of shape (resamples, units).
-
-        Returns:
-            float64 of shape (resamples,) by figure; NaN where a figure is undefined.
+        It takes how often each unit is drawn, int64 of shape (resamples, units), and gives float64 of shape
+        (resamples,) by figure; NaN where a figure is undefined.
         """
         ...
 

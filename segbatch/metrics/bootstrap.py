@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segbatch.metrics.arrays import collected
-from segbatch.metrics.base import Key, Metric, Resamples, image_order
+from segbatch.metrics.base import Key, Metric, Resampler, Resamples, image_order
 from segbatch.metrics.semantic import Joint
 
 _AT_ONCE = 50
@@ -41,7 +41,8 @@ def values(metric: Metric[Any], units: Mapping[str, Any], resamples: int, seed: 
     """
     names = list(units)
     states = [units[names[i]] for i in image_order(names)]
-    parts = [_figures(metric, states, times) for times in draws(len(states), resamples, seed)]
+    figures = _resampler(metric, states)
+    parts = [figures(times) for times in draws(len(states), resamples, seed)]
     sizes = [min(_AT_ONCE, resamples - start) for start in range(0, resamples, _AT_ONCE)]
     keys = dict.fromkeys(key for part in parts for key in part)
     return {
@@ -58,7 +59,7 @@ def interval(found: NDArray[np.float64]) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def of_pairs(metric: Metric[Joint], units: Sequence[Joint], times: NDArray[np.int64]) -> Values:
+def of_pairs(metric: Metric[Joint], units: Sequence[Joint]) -> Resampler:
     """``base.Resamples`` for metrics whose states are joint histograms, which can be multiplied."""
     from scipy import sparse
 
@@ -69,13 +70,21 @@ def of_pairs(metric: Metric[Joint], units: Sequence[Joint], times: NDArray[np.in
     pixels = np.concatenate([u.pixels for u in units]).astype(np.int64)
     shape = (len(units), len(whole.pixels))
     counts = sparse.csr_array((pixels, (np.repeat(np.arange(len(units)), sizes), columns)), shape)
-    drawn = sparse.csr_array(times) @ counts
-    totals = (Joint(whole.truth, whole.predicted, row.astype(np.uint64)) for row in drawn.toarray())
-    return collected(len(times), (metric.compute(total) for total in totals))
+
+    def figures(times: NDArray[np.int64]) -> Values:
+        drawn = sparse.csr_array(times) @ counts
+        totals = (Joint(whole.truth, whole.predicted, row.astype(np.uint64)) for row in drawn.toarray())
+        return collected(len(times), (metric.compute(total) for total in totals))
+
+    return figures
 
 
-def _figures(metric: Metric[Any], states: Sequence[Any], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
+def _resampler(metric: Metric[Any], states: Sequence[Any]) -> Resampler:
     if isinstance(metric, Resamples):
-        return metric.resampled(states, times)
-    repeated = ([s for s, n in zip(states, row, strict=True) for _ in range(n)] for row in times)
-    return collected(len(times), (metric.compute(metric.merge(drawn)) for drawn in repeated))
+        return metric.resampler(states)
+
+    def figures(times: NDArray[np.int64]) -> Values:
+        repeated = ([s for s, n in zip(states, row, strict=True) for _ in range(n)] for row in times)
+        return collected(len(times), (metric.compute(metric.merge(drawn)) for drawn in repeated))
+
+    return figures

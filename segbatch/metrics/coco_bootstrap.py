@@ -6,20 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from segbatch.metrics.base import Key
+from segbatch.metrics.base import Key, Resampler
 from segbatch.metrics.coco_figures import Matches, Part, Rules, parts, ranking
 
 Values = NDArray[np.float64]
 
 
-def resampled(
-    total: Matches,
-    units: NDArray[np.int64],
-    times: NDArray[np.int64],
-    kinds: Sequence[str],
-    rules: Rules,
-    classes: Mapping[int, str],
-) -> dict[Key, Values]:
+def resampler(
+    total: Matches, units: NDArray[np.int64], kinds: Sequence[str], rules: Rules, classes: Mapping[int, str]
+) -> Resampler:
     """Figures over all classes and by class as in ``CocoInstanceMetric.compute``, without those of proposals by class.
 
     As ``compute`` has them but for the order of sums, and for equal scores within one image that is drawn more than
@@ -28,29 +23,29 @@ def resampled(
     Args:
         total: all images.
         units: the unit that each image of ``total`` belongs to, int64 of shape (images,).
-        times: how often each unit is drawn, int64 of shape (resamples, units).
         kinds: of overlap.
         rules: parameters.
         classes: names of the scored classes by label id.
-
-    Returns:
-        float64 of shape (resamples,) by figure; NaN where it is undefined.
     """
     ids = np.array(sorted(classes), np.int64)
     ranked = ranking(total, ids)
-    objects = _objects(total, ids, units, times, len(rules.ranges))
     unit_of = np.repeat(units, total.detections)[ranked.places]
-    found: dict[Key, Values] = {}
-    for kind in kinds:
-        words = (total.matched[kind][ranked.places], total.ignored[kind][ranked.places])
-        precision, recall = _by_class(words, ranked.starts, unit_of, ranked.ranks, times, objects, rules)
-        for name, part in parts(rules).items():
-            values = _picked(precision, recall, part)
-            found[f"{kind}_{name}", ""] = _mean(values)
-            for place, label_id in enumerate(ids.tolist()):
-                found[f"{kind}_{name}", classes[label_id]] = values[:, place].mean(axis=1)
-        found |= _proposals(kind, total, units, times, objects.sum(axis=1), rules)
-    return found
+    words = {kind: (total.matched[kind][ranked.places], total.ignored[kind][ranked.places]) for kind in kinds}
+
+    def figures(times: NDArray[np.int64]) -> dict[Key, Values]:
+        objects = _objects(total, ids, units, times, len(rules.ranges))
+        found: dict[Key, Values] = {}
+        for kind in kinds:
+            precision, recall = _by_class(words[kind], ranked.starts, unit_of, ranked.ranks, times, objects, rules)
+            for name, part in parts(rules).items():
+                values = _picked(precision, recall, part)
+                found[f"{kind}_{name}", ""] = _mean(values)
+                for place, label_id in enumerate(ids.tolist()):
+                    found[f"{kind}_{name}", classes[label_id]] = values[:, place].mean(axis=1)
+            found |= _proposals(kind, total, units, times, objects.sum(axis=1), rules)
+        return found
+
+    return figures
 
 
 def _objects(

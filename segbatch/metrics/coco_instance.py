@@ -15,13 +15,13 @@ from segbatch.metrics.base import (
     DEFAULTS,
     Confusion,
     ImageScore,
-    Key,
     MetricOptions,
+    Resampler,
     Row,
     same_size,
 )
 from segbatch.metrics.boundaries import boundary_part
-from segbatch.metrics.coco_bootstrap import resampled
+from segbatch.metrics.coco_bootstrap import resampler
 from segbatch.metrics.coco_figures import (
     Curves,
     Matches,
@@ -162,10 +162,10 @@ class CocoInstanceMetric:
             figures += self._of_proposals(kind, total, objects.sum(axis=0))
         return [*figures, *self._by_class(found, objects)]
 
-    def resampled(self, units: Sequence[Matches], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
+    def resampler(self, units: Sequence[Matches]) -> Resampler:
         """See ``base.Resamples``."""
         owners = np.repeat(np.arange(len(units)), [len(u.images) for u in units])
-        return resampled(self.merge(units), owners, times, self.kinds, self._rules, self._names)
+        return resampler(self.merge(units), owners, self.kinds, self._rules, self._names)
 
     def _of_proposals(self, kind: str, total: Matches, objects: NDArray[np.int64]) -> list[Figure]:
         shape = (len(self._rules.proposals), len(self._rules.ranges), len(self._rules.thresholds))

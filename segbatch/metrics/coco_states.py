@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from segbatch.metrics.arrays import ArrayMetric, Arrays, Field
+from segbatch.metrics.arrays import Arrays, ArrayStates, Field
 from segbatch.metrics.coco_figures import Matches
 from segbatch.metrics.columns import Lists, list_array, lists_of
 
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
         return Matches((), none, none, categories, np.empty(0), by_kind, by_kind, categories, words, proposals)
 
 
-class _Partners(ArrayMetric):
+class _Partners(ArrayStates):
     """The entries of ``Matches.partners`` in the column ``arrays``."""
 
     fields: ClassVar[Mapping[str, Field]] = {

@@ -13,7 +13,7 @@ from segbatch import schemas
 from segbatch.codecs import columns as run_columns
 from segbatch.codecs import runlength
 from segbatch.errors import ConfigError, DataError
-from segbatch.metrics.base import ClassCount, Confusion, ImageScore, Key, Row, same_size
+from segbatch.metrics.base import ClassCount, Confusion, ImageScore, Resampler, Row, same_size
 from segbatch.records import ClassInfo, ClassTable, Figure
 
 NOTHING = 0xFFFF
@@ -202,11 +202,11 @@ class SemanticMetric:
         extra = tuple(self.classes.name_of(i) for i in others)
         return Confusion(ids, ids + tuple(others), names, names + extra, matrix)
 
-    def resampled(self, units: Sequence[Joint], times: NDArray[np.int64]) -> Mapping[Key, NDArray[np.float64]]:
+    def resampler(self, units: Sequence[Joint]) -> Resampler:
         """See ``base.Resamples``."""
         from segbatch.metrics import bootstrap  # it imports this module
 
-        return bootstrap.of_pairs(self, units, times)
+        return bootstrap.of_pairs(self, units)
 
     def _counts(self, joint: Joint, void_predictions: Literal["error", "dropped"]) -> Counts:
         n = len(self.scored)

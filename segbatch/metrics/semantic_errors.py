@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from segbatch.metrics.arrays import ArrayMetric, Field
+from segbatch.metrics.arrays import ArrayStates, Field
 from segbatch.metrics.base import DEFAULTS, Confusion, Detail, ImageScore, MetricOptions, Row
 from segbatch.metrics.boundaries import boundary_part, boundary_width
 from segbatch.metrics.semantic import IDS, Joint, SemanticMetric, plain_mean, ratio, runs_of
@@ -118,7 +118,7 @@ class Split:
     interior: Joint
 
 
-class _Stored(ArrayMetric):
+class _Stored(ArrayStates):
     """The two histograms in the column ``arrays``: ground truth, prediction, pixels."""
 
     fields: ClassVar[Mapping[str, Field]] = {"boundary": Field(3, merge="drop"), "interior": Field(3, merge="drop")}

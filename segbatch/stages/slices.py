@@ -66,7 +66,27 @@ def slicings(samples: str, expressions: Sequence[str]) -> list[Slicing]:
     return [Slicing(e, _labels(samples, e)) for e in dict.fromkeys(expressions)]
 
 
+def check(samples: str, expressions: Sequence[str]) -> None:
+    """Make sure that the expressions can be used, on the first samples, before hours are spent on counting.
+
+    Raises:
+        ConfigError: as ``slicings``, as far as the first samples tell.
+    """
+    first = tables.parts(tables.find(samples, "samples"))[:1]
+    for expression in expressions:
+        _of_parts(first, expression)
+
+
 def _labels(samples: str, expression: str) -> dict[str, str]:
+    found = _of_parts(tables.parts(tables.find(samples, "samples")), expression)
+    if found and set(found.values()) == {NONE}:
+        raise ConfigError(
+            f"--slice {expression} says nothing of any sample", f"known: {', '.join([*PRESETS, *_COLUMNS])}"
+        )
+    return found
+
+
+def _of_parts(parts: Sequence[storage.ObjectInfo], expression: str) -> dict[str, str]:
     import duckdb
 
     sql = _sql(expression)
@@ -76,7 +96,7 @@ def _labels(samples: str, expression: str) -> dict[str, str]:
     areas = f"SELECT *, {_AREAS} AS areas FROM samples" if "areas" in words else "SELECT * FROM samples"
     found: dict[str, str] = {}
     with duckdb.connect(config={"enable_external_access": False, "python_enable_replacements": False}) as db:
-        for part in tables.parts(tables.find(samples, "samples")):
+        for part in parts:
             filesystem, path = storage.arrow_filesystem(part.uri)
             with filesystem.open_input_file(path) as file:
                 db.register("samples", pq.ParquetFile(file).read(columns=columns))
@@ -90,10 +110,6 @@ def _labels(samples: str, expression: str) -> dict[str, str]:
             if len(set(found.values())) > _MOST:
                 problem = f"--slice {expression} has more than {_MOST} values"
                 raise ConfigError(problem, "give an expression that puts them into fewer groups")
-    if found and set(found.values()) == {NONE}:
-        raise ConfigError(
-            f"--slice {expression} says nothing of any sample", f"known: {', '.join([*PRESETS, *_COLUMNS])}"
-        )
     return found
 
 

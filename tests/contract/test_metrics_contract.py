@@ -13,7 +13,7 @@ from segbatch import schemas
 from segbatch.codecs import columns, png, rle, runlength
 from segbatch.datasets import tables
 from segbatch.metrics import registry
-from segbatch.metrics.base import Metric, Row
+from segbatch.metrics.base import Metric, Row, ScoresBatches
 from segbatch.records import ClassInfo, ClassTable
 
 VOID = 11
@@ -213,3 +213,26 @@ def test_figures_are_unique_and_images_are_scored(
         score = metric.image(state).score
         assert score is not None
         assert 0 <= score <= 1
+
+
+def test_images_at_once_are_those_one_by_one(
+    metric: Metric[Any], truth: pa.RecordBatch, predicted: pa.RecordBatch
+) -> None:
+    if not isinstance(metric, ScoresBatches):
+        return
+    states = states_of(metric, truth, predicted)
+    table = metric.images(states)
+    assert [table.image(i) for i in range(len(states))] == [metric.image(s) for s in states]
+    there = [True] * len(states)
+    columns = metric.images(states).columns([False, *there, False])
+    for name in ("score", "classes", "matches"):
+        assert columns[name].type == schemas.IMAGES.field(name).type
+        assert [v is None for v in columns[name].to_pylist()][:: len(states) + 1] == [True, True]
+    scores = [metric.image(s) for s in states]
+    assert columns["score"].to_pylist()[1:-1] == [s.score for s in scores]
+    rows = columns["classes"].to_pylist()[1:-1]
+    assert [[(c["class"], c["tp"], c["fp"], c["fn"]) for c in row] for row in rows] == [
+        [(c.class_name, c.tp, c.fp, c.fn) for c in s.classes] for s in scores
+    ]
+    empty = metric.images([]).columns([False])
+    assert [column.to_pylist() for column in empty.values()] == [[None], [None], [None]]

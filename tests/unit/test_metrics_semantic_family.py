@@ -570,7 +570,7 @@ def test_resampled_figures_are_those_of_the_repeated_images(protocol: str) -> No
     states = states_of(metric, [pair for case in cases(14, ids, ids, 4) for pair in case][:4])
     assert isinstance(metric, Resamples)
     times = np.array([[1, 1, 1, 1], [0, 3, 1, 0], [4, 0, 0, 0]])
-    found = metric.resampled(states, times)
+    found = metric.resampler(states)(times)
     for place, row in enumerate(times.tolist()):
         drawn = [s for s, n in zip(states, row, strict=True) for _ in range(n)]
         wanted = by_name(metric.compute(metric.merge(drawn)))
