@@ -162,8 +162,10 @@ def evaluate(
     """
     from segbatch.metrics.base import DEFAULTS
     from segbatch.stages import evaluate_finish as stage
+    from segbatch.stages import slices
 
     job = evaluate_job(masks, samples, out, protocol, (metric or DEFAULTS).chosen(), class_map)
+    slices.check(job.config["samples"], analysis.slices if analysis else ())
     result = carry_out(job, Limits(1.0), options or RunOptions(), watch or Silent())
     c = job.config
     figures = stage.finish(

@@ -110,6 +110,12 @@ def test_slices_are_the_figures_of_their_images(tmp_path: Path, samples: Path, m
     assert {r["slice"] for r in rows} == set(miou)
 
 
+def test_a_slice_that_cannot_be_is_said_before_anything_is_counted(tmp_path: Path, samples: Path, masks: Path) -> None:
+    with pytest.raises(ConfigError, match="--slice heigth > 6"):
+        evaluate(masks, samples, tmp_path / "out", analysis=Analysis(("heigth > 6",)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_objects_are_sliced_by_number_and_by_size(samples: Path) -> None:
     number, size = slices.slicings(str(samples), ("objects", "object-size"))
     assert [number.labels[f"s{i}"] for i in (0, 1, 5, 6, 11)] == ["0", "1-5", "1-5", "6-20", "6-20"]
@@ -196,7 +202,7 @@ def joints(count: int) -> dict[str, Joint]:
 def test_the_fast_way_resamples_as_the_plain_one() -> None:
     metric, units = registry.make("semantic", CLASSES), joints(9)
     times = next(bootstrap.draws(9, 20, 5))
-    fast = bootstrap.of_pairs(metric, list(units.values()), times)
+    fast = bootstrap.of_pairs(metric, list(units.values()))(times)
     for row, drawn in enumerate(times):
         repeated = [u for u, n in zip(units.values(), drawn.tolist(), strict=True) for _ in range(n)]
         for f in metric.compute(metric.merge(repeated)):
@@ -213,7 +219,7 @@ def test_the_fast_way_resamples_objects_as_the_plain_one(seed: int) -> None:
     states = [metric.update(*pair) for pair in coco_cases.instance_rows(case)]
     units = [metric.merge(states[:2]), *states[2:]]
     times = next(bootstrap.draws(len(units), 8, seed))
-    fast = metric.resampled(units, times)
+    fast = metric.resampler(units)(times)
     for row, drawn in enumerate(times.tolist()):
         repeated = [u for u, n in zip(units, drawn, strict=True) for _ in range(n)]
         plain = {(f.metric, f.class_name): f.value for f in metric.compute(metric.merge(repeated))}
