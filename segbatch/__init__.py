@@ -8,13 +8,28 @@ from typing import TYPE_CHECKING, Any
 from segbatch.version import __version__
 
 if TYPE_CHECKING:
-    from segbatch.api import compare, evaluate, ingest, predict, query, report, retry, status, train
+    from segbatch.api import (
+        compact,
+        compare,
+        evaluate,
+        gc,
+        ingest,
+        predict,
+        query,
+        report,
+        retry,
+        status,
+        train,
+        verify,
+    )
     from segbatch.pipeline import run_pipeline
 
 __all__ = [
     "__version__",
+    "compact",
     "compare",
     "evaluate",
+    "gc",
     "ingest",
     "predict",
     "query",
@@ -23,6 +38,7 @@ __all__ = [
     "run_pipeline",
     "status",
     "train",
+    "verify",
 ]
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from segbatch import schemas, storage, tables
-from segbatch.config import RunOptions, load_toml, read_toml
+from segbatch.config import ExecutionConfig, RunOptions, load_toml, read_toml
 from segbatch.errors import ConfigError, SegbatchError
 from segbatch.jobs import (
+    Job,
     Limits,
     Resplit,
     RunResult,
@@ -23,6 +24,7 @@ from segbatch.jobs import (
     Silent,
     Watch,
     carry_out,
+    compact_job,
     draining,
     dry_run,
     evaluate_job,
@@ -33,9 +35,10 @@ from segbatch.jobs import (
     run_of,
 )
 from segbatch.planning import Preview
-from segbatch.runs import RunState
+from segbatch.runs import RunStatus
 
 if TYPE_CHECKING:
+    from segbatch.cleanup import Cleanup
     from segbatch.inference.options import InferenceOptions
     from segbatch.metrics.base import MetricOptions
     from segbatch.models.catalogue import Card
@@ -43,9 +46,12 @@ if TYPE_CHECKING:
     from segbatch.stages.compare import Difference
     from segbatch.stages.exporting import Exported
     from segbatch.stages.totals import Analysis
+    from segbatch.stages.verify import Verified
     from segbatch.training import TrainConfig, TrainResult
 
 MAX_PIXELS = 200_000_000
+MAX_FILE_BYTES = 1 << 30
+"""Of a file of a compacted root: one PUT writes it."""
 
 
 # -- the verbs -----------------------------------------------------------------------------------------------------
@@ -116,15 +122,72 @@ def predict(
         max_pixels: larger photos become bad rows.
         inference: tiles, views, and which detections count.
         limits: how many bad rows are acceptable.
-        options: shards and engine.
+        options: shards, engine, and in which number format the model computes.
         watch: who looks on.
 
     Raises:
         ConfigError: unknown model or input, or an output of another configuration.
         BadItemsError: more rows are bad than allowed; every row is written.
     """
-    job = predict_job(model, input, out, classes, Selection(where, limit), batch_size, max_pixels, inference)
+    wanted = options.inference if options else None
+    job = predict_job(model, input, out, classes, Selection(where, limit), batch_size, max_pixels, inference, wanted)
     return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent())
+
+
+def predict_many(
+    models: "Mapping[str, str | ModelSource]",
+    input: str,
+    out: str,
+    *,
+    limits: Limits | None = None,
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+    **choice: Any,
+) -> dict[str, RunResult]:
+    """Run several models over the same images in one pass: every image is read and decoded once.
+
+    Every model has the run root ``out/<alias>``, which is as ``predict`` makes it alone, and which every other verb
+    takes. What a root has already is not made again.
+
+    Args:
+        models: by their aliases, of letters, digits, ``_`` and ``-``; as ``predict`` takes them.
+        input: as for ``predict``.
+        out: the folder of the run roots.
+        limits: how many bad rows are acceptable of each model.
+        options: shards, engine, and in which number format the models compute.
+        watch: who looks on.
+        choice: whatever else ``predict`` takes, for all models alike.
+
+    Returns:
+        What became of each model, by its alias.
+
+    Raises:
+        ConfigError: unknown model or input, a wrong alias, or an output of another configuration.
+        BadItemsError: more rows of a model are bad than allowed; every row of every model is written.
+    """
+    from segbatch.one_pass import carry_out_together, check_aliases
+
+    check_aliases(models)
+    root = storage.resolve(out)
+    wanted = options.inference if options else None
+    jobs = {a: _predict_job_of(m, input, storage.join(root, a), wanted, **choice) for a, m in models.items()}
+    return carry_out_together(root, jobs, limits or Limits(), options or RunOptions(), watch or Silent())
+
+
+def _predict_job_of(
+    model: "str | ModelSource",
+    input: str,
+    out: str,
+    wanted: ExecutionConfig | None,
+    *,
+    classes: str = "",
+    batch_size: int = 0,
+    where: str = "",
+    limit: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    inference: "InferenceOptions | None" = None,
+) -> Job:
+    return predict_job(model, input, out, classes, Selection(where, limit), batch_size, max_pixels, inference, wanted)
 
 
 def evaluate(
@@ -283,18 +346,104 @@ def retry(
         ConfigError: ``out`` is not a run root, or its verb cannot be retried.
     """
     job = job_of(out, model)
+    if job.verb == "compact":
+        source = job.config["source"]
+        raise ConfigError(f"{out} is a compacted copy", f"segbatch retry {source} --failed, then compact again")
     if job.verb == "evaluate":
         raise ConfigError(f"{out} was made by segbatch {job.verb}, which has nothing to retry", "retry its input")
     return carry_out(job, limits or Limits(), options or RunOptions(), watch or Silent(), failed=True)
 
 
-def status(out: str) -> RunState:
-    """Where a run stands.
+def status(out: str) -> RunStatus:
+    """Where a run stands and who is at work on it, from any machine.
+
+    A driver on another machine is known by its heartbeat, every ten seconds: with one, or after one that died, this
+    takes up to half a minute.
 
     Raises:
         ConfigError: ``out`` is not a run root.
     """
-    return run_of(out).state()
+    return run_of(out).status()
+
+
+def compact(
+    source: str,
+    out: str,
+    *,
+    file_bytes: int = 256 << 20,
+    options: RunOptions | None = None,
+    watch: Watch | None = None,
+) -> RunResult:
+    """Copy a complete run into fewer, larger files: the same rows in the same order; ``source`` is only read.
+
+    Args:
+        source: the run root of an ingest, a predict, an import, or a compact.
+        out: the run root to write.
+        file_bytes: about how large a file may become; a larger one of ``source`` stays as it is.
+        options: the engine.
+        watch: who looks on.
+
+    Raises:
+        ConfigError: ``source`` is no run root or an evaluation, or ``out`` is of another configuration.
+        IncompleteRunError: ``source`` lacks shards.
+        SchemaError: a file of ``source`` is damaged; says which.
+    """
+    if not 0 < file_bytes <= MAX_FILE_BYTES:
+        raise ConfigError(f"files of {file_bytes / 2**20:g} MB are not written", f"at most {MAX_FILE_BYTES >> 20}")
+    job = compact_job(source, out, file_bytes)
+    options = options or RunOptions()
+    plan = options.plan.model_copy(update={"shard_bytes": file_bytes})
+    return carry_out(job, Limits(1.0), options.model_copy(update={"plan": plan}), watch or Silent())
+
+
+def gc(
+    roots: Sequence[str], *, keep_runs: int | None = None, incomplete: bool = False, dry_run: bool = False
+) -> "Cleanup":
+    """Remove what run roots hold that nobody needs, and the oldest of many runs; see ``segbatch.cleanup``.
+
+    Args:
+        roots: run roots, or with ``keep_runs`` folders of run roots.
+        keep_runs: so many complete runs of each verb stay; None removes no runs.
+        incomplete: runs that were never finished may go, too.
+        dry_run: only say what would go.
+
+    Raises:
+        ConfigError: no run roots there, or the only one is in use.
+    """
+    from segbatch import cleanup
+
+    if keep_runs is not None and keep_runs < 1:
+        raise ConfigError(f"--keep-runs {keep_runs} keeps nothing", "delete the folder yourself if that is meant")
+    if incomplete and keep_runs is None:
+        raise ConfigError("--incomplete says which runs may go, and none may", "add --keep-runs N")
+    found = cleanup.find(roots, run_of, keep_runs, incomplete)
+    if not dry_run:
+        cleanup.remove(found.garbage)
+    return found
+
+
+def verify(out: str, *, options: RunOptions | None = None, watch: Watch | None = None) -> "Verified":
+    """Read every file of a run root again and say what is wrong with which.
+
+    Args:
+        out: the run root.
+        options: threads of the engine.
+        watch: who looks on.
+
+    Raises:
+        ConfigError: ``out`` is not a run root.
+    """
+    import os
+
+    from segbatch.stages.verify import verify as look
+
+    run, watch = run_of(out), watch or Silent()
+    threads = (options or RunOptions()).engine.threads or len(os.sched_getaffinity(0))
+    watch.begin("verify", run.shards().rows, "rows")
+    try:
+        return look(run, threads, watch.advance)
+    finally:
+        watch.end()
 
 
 def report(metrics: str, out: str, worst: int = 20) -> str:
@@ -417,7 +566,8 @@ def preview_predict(
     options: RunOptions | None = None,
 ) -> Preview:
     """What ``predict`` would do; writes nothing."""
-    job = predict_job(model, input, out, classes, Selection(where, limit), 0, max_pixels, inference)
+    wanted = options.inference if options else None
+    job = predict_job(model, input, out, classes, Selection(where, limit), 0, max_pixels, inference, wanted)
     return dry_run(job, options or RunOptions())
 
 
@@ -551,10 +701,11 @@ def doctor(out: str = "") -> list[Check]:
     checks.append(Check("cpus", True, str(os.cpu_count())))
     free = shutil.disk_usage(tempfile.gettempdir()).free
     checks.append(Check("free space for temporary files", free > 2 << 30, f"{free / 1e9:.1f} GB"))
+    checks += [Check(scheme, True, found) for scheme, found in storage.drivers().items()]
     if out:
         try:
-            storage.check_writable(storage.resolve(out))
-            checks.append(Check(f"put-if-absent in {out}", True, "one of two writers wins"))
+            weakness = storage.check_writable(storage.resolve(out), keep=False).weakness
+            checks.append(Check(f"put-if-absent in {out}", not weakness, weakness or "one of two writers wins"))
         except SegbatchError as error:
             checks.append(Check(f"put-if-absent in {out}", False, str(error)))
     return checks

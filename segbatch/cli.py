@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from segbatch.config import RunOptions
     from segbatch.inference.options import InferenceOptions
     from segbatch.jobs import Limits, Resplit, RunResult
+    from segbatch.runs import RunStatus
 
 app = App(
     name="segbatch",
@@ -144,8 +145,11 @@ def predict(
     input: str,
     out: str,
     *,
+    also: Annotated[tuple[str, ...], Parameter(name="--also", negative=())] = (),
     classes: str = "",
     batch_size: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    min_agreement: float = 0.99,
     where: str = "",
     limit: int = 0,
     max_pixels: int = 200_000_000,
@@ -164,15 +168,23 @@ def predict(
             joined by +, are averaged; cascade:DETECTOR,SEGMENTER runs the second on what the first finds.
         input: Run root of samples, folder, glob, or text file with an address per line.
         out: Run root to write.
+        also: Another model for the same pass, as ALIAS=MODEL; may be given more than once. MODEL is then ALIAS=MODEL,
+            too, every photo is decoded once, and each model has its own run root OUT/ALIAS.
         classes: File that names the model's classes, where the model itself does not.
         batch_size: Photos per call of the model.
+        dtype: Number format that the model computes in. auto measures, on some of the photos, which is fastest and
+            still agrees with float32; fewer than 64 photos are done in float32. `--set inference.engine=` chooses
+            between eager, openvino and inductor.
+        min_agreement: Smallest share of pixels on which a faster way of computing must agree with float32.
         where: SQL condition over the columns of the samples table.
         limit: Take only the first so many images.
         max_pixels: Larger photos are bad rows.
     """
     from segbatch import api
 
-    options = _options(set_, engine)
+    said = [f"inference.dtype={dtype}"] if dtype != "auto" else []
+    said += [f"inference.min_agreement={min_agreement}"] if min_agreement != 0.99 else []
+    options = _options((*said, *set_), engine)
     choice: dict[str, Any] = {
         "classes": classes,
         "where": where,
@@ -181,10 +193,20 @@ def predict(
         "inference": views.options(),
         "options": options,
     }
+    models = _by_alias([model, *also]) if also else {}
     if dry_run:
+        if models:
+            from segbatch.errors import ConfigError
+
+            raise ConfigError("--dry-run looks at one model", "leave out --also")
         _show_preview(api.preview_predict(model, input, out, **choice), json_)
         return
     choice |= {"batch_size": _batch_size(batch_size), "limits": _limits(max_bad_fraction, fail_fast)}
+    if models:
+        with _bad_runs_shown(json_):
+            results = api.predict_many(models, input, out, watch=_Terminal(), **choice)
+        _show_runs(results, json_)
+        return
     with _bad_runs_shown(json_):
         result = api.predict(model, input, out, watch=_Terminal(), **choice)
     _show_run(result, json_, f'segbatch query {out} "SELECT status, count(*) FROM masks GROUP BY 1"')
@@ -428,24 +450,118 @@ def retry(
 
 
 @app.command
-def status(out: str, *, json_: Json = False) -> None:
-    """Say where a run stands.
+def status(out: str, *, watch: Annotated[bool, Parameter(negative=())] = False, json_: Json = False) -> None:
+    """Say where a run stands and who is at work on it, from any machine.
+
+    Args:
+        out: Run root.
+        watch: Say it again every ten seconds while somebody is at work.
+    """
+    from segbatch import api
+
+    while True:
+        found = api.status(out)
+        if json_:
+            live = {"complete": found.complete, "per_s": found.per_s, "eta_s": found.eta_s}
+            _print_json({**asdict(found), **live})
+        else:
+            _show_status(found)
+        if not watch or not found.is_live:
+            return
+        time.sleep(10)
+
+
+def _show_status(found: "RunStatus") -> None:
+    print(
+        f"{found.root}: {found.rows_done} of {found.rows} rows, {found.shards_done} of {found.shards} shards, "
+        f"{found.bad} bad"
+    )
+    for driver in found.drivers:
+        said = f"{driver.phase}, {driver.rows} of {driver.total} images, {driver.per_s:.1f}/s"
+        print(f"{driver.name}: {said if driver.alive else 'died'}; began {driver.started}")
+    if found.quarantined:
+        names = ", ".join(sorted(found.quarantined)[:3])
+        print(f"{len(found.quarantined)} images are quarantined, for example {names}")
+    if found.is_live:
+        print(f"{found.per_s:.1f} images/s" + (f", ETA {_duration(found.eta_s)}" if found.eta_s else ""))
+    elif not found.complete:
+        print("nobody is at work; the command that began it goes on where it stopped")
+
+
+@app.command
+def gc(
+    *roots: str,
+    keep_runs: int | None = None,
+    incomplete: Annotated[bool, Parameter(negative=())] = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Remove what run roots hold that nobody needs, and the oldest of many runs. Runs in use are left alone.
+
+    Args:
+        roots: Run roots; with --keep-runs folders of run roots.
+        keep_runs: Of each verb so many complete runs stay, the newest, and what they were made from.
+        incomplete: Runs that were never finished may go, too.
+    """
+    from segbatch import api
+    from segbatch.errors import ConfigError
+
+    if not roots:
+        raise ConfigError("say where to clean up", "segbatch gc OUT, or segbatch gc FOLDER --keep-runs 5")
+    found = api.gc(roots, keep_runs=keep_runs, incomplete=incomplete, dry_run=dry_run)
+    if json_:
+        garbage = [{**asdict(g), "bytes": g.bytes, "files": [f.uri for f in g.files]} for g in found.garbage]
+        _print_json({**asdict(found), "garbage": garbage, "dry_run": dry_run})
+        return
+    word = "would go" if dry_run else "removed"
+    for entry in found.garbage:
+        print(f"{word}: {entry.root}: {entry.what}, {len(entry.files)} files, {entry.bytes / 1e6:.3f} MB")
+    for root, reason in found.kept.items():
+        print(f"stays: {root}: {reason}")
+    for root, drivers in found.busy.items():
+        print(f"in use: {root}: {drivers[0].name}")
+    size = sum(g.bytes for g in found.garbage)
+    print(f"{word}: {sum(len(g.files) for g in found.garbage)} files, {size / 1e6:.3f} MB in all")
+
+
+@app.command
+def verify(out: str, *, set_: Sets = (), json_: Json = False) -> None:
+    """Read every file of a run root again; name what is wrong and what to do, and exit with 1 if anything is.
 
     Args:
         out: Run root.
     """
     from segbatch import api
 
-    state = api.status(out)
+    found = api.verify(out, options=_options(set_, "auto"), watch=_Terminal())
     if json_:
-        _print_json(asdict(state))
-        return
-    print(
-        f"{state.root}: {state.rows_done} of {state.rows} rows, {state.shards_done} of {state.shards} shards, "
-        f"{state.bad} bad"
-    )
-    if not state.complete:
-        print("the command that began it goes on where it stopped")
+        _print_json({**asdict(found), "good": found.is_good})
+    else:
+        size = f"{found.files} files, {found.rows} rows, {found.bytes / 1e6:.1f} MB"
+        old = f"; {found.without_checksums} files are older than checksums" if found.without_checksums else ""
+        print(f"{found.root}: {size}{old}: {'all good' if found.is_good else f'{len(found.problems)} problems'}")
+        for problem in found.problems:
+            print(f"{problem.uri}: {problem.said} ({problem.fix})")
+    if not found.is_good:
+        raise SystemExit(1)
+
+
+@app.command
+def compact(
+    source: str, out: str, *, file_size: int = 256, engine: EngineName = "auto", set_: Sets = (), json_: Json = False
+) -> None:
+    """Copy a complete run into fewer, larger files of a new run root; the old one is not touched.
+
+    Args:
+        source: Run root to read.
+        out: Run root to write.
+        file_size: MB that a file may have; 128 to 512 suit object stores.
+    """
+    from segbatch import api
+
+    options = _options(set_, engine)
+    result = api.compact(source, out, file_bytes=file_size << 20, options=options, watch=_Terminal())
+    _show_run(result, json_, f"segbatch verify {out}")
 
 
 @app.command
@@ -642,6 +758,28 @@ def _show_run(result: "RunResult", as_json: bool, following: str) -> None:
         print(f"{result.root}/{result.state.table}/part-*.parquet\nlook: {following}")
 
 
+def _show_runs(results: "dict[str, RunResult]", as_json: bool) -> None:
+    """Of several models, by their aliases."""
+    if as_json:
+        _print_json({alias: _run_json(result) for alias, result in results.items()})
+        return
+    for result in results.values():
+        print(f"{result.root}/{result.state.table}/part-*.parquet")
+
+
+def _by_alias(models: list[str]) -> dict[str, str]:
+    """Models of one pass from ``ALIAS=MODEL``."""
+    from segbatch.errors import ConfigError
+    from segbatch.one_pass import check_aliases
+
+    pairs = [text.partition("=") for text in models]
+    for text, (_, _, reference) in zip(models, pairs, strict=True):
+        if not reference or ":" in text.partition("=")[0] or "@" in text.partition("=")[0]:
+            raise ConfigError(f"model {text} has no alias", "with --also, give every model as ALIAS=MODEL")
+    check_aliases(alias for alias, _, _ in pairs)
+    return {alias: reference for alias, _, reference in pairs}
+
+
 def _show_preview(preview: Any, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(preview))
@@ -660,37 +798,24 @@ def _show_figures(figures: Any, classes: bool = True) -> None:
     spans = any(f.ci_low is not None for f in overall)
     rows = [[f.metric, _number(f.value, f.metric), *([_span(f)] if spans else [])] for f in overall]
     _show_rows(["figure", "value", *(["95 % interval"] if spans else [])], rows)
-    _show_slices([f for f in figures if f.slice and not f.class_name])
+    _show_parts([f for f in figures if f.slice and not f.class_name], "slice")
     if classes:
-        _show_classes([f for f in figures if f.class_name and not f.slice])
+        _show_parts([f for f in figures if f.class_name and not f.slice], "class")
 
 
-def _show_slices(figures: Any) -> None:
-    """The first figures over all classes, slice by slice."""
-    if not figures:
-        return
-    columns = list(dict.fromkeys(f.metric for f in figures))[:_CLASS_COLUMNS]
-    rows: dict[str, dict[str, str]] = {}
-    for f in figures:
-        cells = rows.setdefault(f.slice, {"support": "" if f.support is None else f"{f.support:,}"})
-        cells[f.metric] = _number(f.value)
-    _show_rows(
-        ["slice", "support", *columns],
-        [[name, *(c.get(k, "") for k in ("support", *columns))] for name, c in rows.items()],
-    )
-
-
-def _show_classes(figures: Any) -> None:
+def _show_parts(figures: Any, what: Literal["slice", "class"]) -> None:
+    """The first figures of every slice or class, one row each."""
     found = list(dict.fromkeys(f.metric for f in figures))
-    columns = found[:_CLASS_COLUMNS]
+    columns = ["support", *found[:_CLASS_COLUMNS]]
     rows: dict[str, dict[str, str]] = {}
     for f in figures:
-        cells = rows.setdefault(f.class_name, {"support": "" if f.support is None else f"{f.support:,}"})
+        name = f.slice if what == "slice" else f.class_name
+        cells = rows.setdefault(name, {"support": "" if f.support is None else f"{f.support:,}"})
         cells[f.metric] = _number(f.value)
-    shown = [[name, *(cells.get(c, "") for c in ("support", *columns))] for name, cells in rows.items()]
-    _show_rows(["class", "support", *columns], shown)
-    if len(found) > len(columns):
-        print(f"{len(found) - len(columns)} more figures by class are in the summary table")
+    if rows:
+        _show_rows([what, *columns], [[name, *(cells.get(c, "") for c in columns)] for name, cells in rows.items()])
+    if len(found) > _CLASS_COLUMNS:
+        print(f"{len(found) - _CLASS_COLUMNS} more figures by {what} are in the summary table")
 
 
 def _span(figure: Any) -> str:

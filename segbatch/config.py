@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segbatch.errors import ConfigError
 
@@ -19,10 +19,19 @@ class Config(BaseModel):
 
 
 class PlanConfig(Config):
-    """How inputs are cut into shards. ``shard_rows`` 0: 256, fewer when the whole input is small."""
+    """How inputs are cut into shards.
+
+    Attributes:
+        shard_rows: rows of a shard; 0: ``usual_rows``, fewer when the whole input is small.
+        shard_bytes: a shard's inputs are not much larger.
+        usual_rows: rows of a shard of a large input, while nothing is known of the work.
+        shard_seconds: later plans of a run root cut shards that take about so long, by what earlier rows took.
+    """
 
     shard_rows: int = Field(default=0, ge=0)
     shard_bytes: int = Field(default=128 << 20, gt=0)
+    usual_rows: int = Field(default=256, ge=1)
+    shard_seconds: float = Field(default=120.0, gt=0)
 
 
 class EngineConfig(Config):
@@ -31,21 +40,65 @@ class EngineConfig(Config):
     Attributes:
         kind: ``ray``, ``inline`` (in this process), or ``auto``: Ray for predict, and for the other verbs where a
             cluster is named by RAY_ADDRESS or the input is large.
-        actors: number of actors; 0 picks it from the machine (one CPU stays free).
+        actors: number of actors: ``min_actors`` and ``max_actors`` at once; 0 leaves it to them.
+        min_actors, max_actors: bounds of the number of actors, which follows the machines of the cluster as they join
+            and leave (one CPU stays free); those without work are let go. ``max_actors`` 0: as many as fit.
+        gpus_per_actor: GPUs of one actor, a fraction where several share one; 0: one, where the model computes on a
+            GPU and the cluster has some.
         threads: threads of an actor for decoding and encoding; 0 picks it.
         in_flight: shards in flight per actor.
         attempts: how often a shard may fail before the run stops.
+        speculate: a shard that takes so many times as long as the others, row for row, is begun a second time when an
+            actor has nothing else to do; the first to finish counts. 0: never.
+        hang_s: an actor that does nothing for a shard for so long is ended, and what it had in hand is looked at image
+            by image with that limit; the one that hangs is quarantined.
         stall_s: no finished row for so long is an error.
         drain_s: after SIGTERM, how long shards in flight may finish.
     """
 
     kind: Literal["auto", "ray", "inline"] = "auto"
     actors: int = Field(default=0, ge=0)
+    min_actors: int = Field(default=1, ge=1)
+    max_actors: int = Field(default=0, ge=0)
+    gpus_per_actor: float = Field(default=0.0, ge=0)
     threads: int = Field(default=0, ge=0)
     in_flight: int = Field(default=2, ge=1)
     attempts: int = Field(default=3, ge=1)
+    speculate: float = Field(default=3.0, ge=0)
+    hang_s: float = Field(default=300.0, gt=0)
     stall_s: float = Field(default=900.0, gt=0)
     drain_s: float = Field(default=30.0, ge=0)
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> "EngineConfig":
+        if self.actors and (self.max_actors or self.min_actors > 1):
+            raise ValueError("actors sets min_actors and max_actors: give either it or them")
+        if self.max_actors and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors is {self.max_actors}, less than min_actors, {self.min_actors}")
+        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise ValueError("gpus_per_actor is a fraction below 1, or a whole number")
+        return self
+
+
+class ExecutionConfig(Config):
+    """In which number format and by which engine a model computes; ``auto`` is measured once for each run root.
+
+    Attributes:
+        device: ``cpu``, ``cuda``, or ``auto``: the GPU where the driver's machine has one that torch can use.
+        dtype: ``float32``, ``bfloat16``, or ``auto``: the fastest that agrees with float32 (on a GPU float16, too).
+        engine: ``eager`` (torch as it is), ``openvino``, ``inductor`` (torch.compile), or ``auto``: the fastest.
+        min_agreement: on a smaller share of the pixels of some of the input's own photos no format or engine may agree
+            with float32 in torch.
+        decode: ``full``; or ``scaled``: a JPEG with at least four times the pixels, along each side, of what the model
+            is fed is decoded at 1/2, 1/4 or 1/8 of its size. Two to three times as fast, and about 1 % of the pixels
+            get another label; of no effect where photos are fed at their own size, in tiles, or prepared by the model.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    engine: Literal["auto", "eager", "openvino", "inductor"] = "auto"
+    min_agreement: float = Field(default=0.99, ge=0, le=1)
+    decode: Literal["full", "scaled"] = "full"
 
 
 class RunOptions(Config):
@@ -53,6 +106,7 @@ class RunOptions(Config):
 
     plan: PlanConfig = PlanConfig()
     engine: EngineConfig = EngineConfig()
+    inference: ExecutionConfig = ExecutionConfig()
 
 
 C = TypeVar("C", bound=BaseModel)

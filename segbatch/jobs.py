@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from segbatch import schemas, storage, tables
-from segbatch.config import EngineConfig, RunOptions
+from segbatch import drivers, schemas, storage, tables
+from segbatch.config import EngineConfig, ExecutionConfig, RunOptions
 from segbatch.engine import Control, make
 from segbatch.errors import BadItemsError, ConfigError, StoppedError
 from segbatch.planning import Preview, changed_file, preview
-from segbatch.records import Figure, Outcome, PlanItem, ShardRef
+from segbatch.records import Figure, Outcome, PlanItem
 from segbatch.runs import Run, RunState, Task
+from segbatch.shards import Shards
 
 if TYPE_CHECKING:
     from segbatch.inference.options import InferenceOptions
@@ -142,6 +143,8 @@ class Job:
     prefers_ray: bool = False
     unsplit: bool = False
     grouped: bool = False
+    settle: Callable[[Run, Shards, Callable[[str], None]], Task] | None = None
+    """Gives the task once it is known what there is to do; None: it is ``task`` whatever there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,7 @@ def predict_job(
     batch_size: int,
     max_pixels: int,
     inference: "InferenceOptions | None" = None,
+    wanted: ExecutionConfig | None = None,
 ) -> Job:
     """The job of ``api.predict``."""
     from segbatch.inference import compose
@@ -257,10 +261,11 @@ def predict_job(
         "where": selection.where,
         "limit": selection.limit,
         "max_pixels": max_pixels,
-        "dtype": "float32",
-        "device": "cpu",
         "schema": schemas.SCHEMA_VERSION,
     }
+    wanted = _execution_of(storage.resolve(out), wanted or ExecutionConfig())
+    config |= _execution_keys(wanted)
+    task = PredictTask(source, spec.digest, batch_size, max_pixels, wanted)
     if inference is not None and inference.said:
         config["inference"] = inference.said
     items = functools.partial(_inputs, where_from, selection.where)
@@ -270,11 +275,33 @@ def predict_job(
         out=storage.resolve(out),
         config=config,
         listing=(lambda: _first(items(), selection.limit)) if selection.limit else items,
-        task=PredictTask(source, spec.digest, batch_size, max_pixels),
+        task=task,
         info=lambda: {"name": source.reference, "digest": spec.digest, "classes": spec.classes.to_json()},
         complete=not selection.limit,
         prefers_ray=True,
+        settle=task.settled,
     )
+
+
+_USUAL = ExecutionConfig()
+_ALWAYS_SAID = ("device", "dtype")
+
+
+def _execution_keys(wanted: ExecutionConfig) -> dict[str, Any]:
+    """What the user said of device, number format and engine, as part of a run root's config."""
+    said = wanted.model_dump(mode="json")
+    unusual = {f"inference.{k}": v for k, v in said.items() if k not in _ALWAYS_SAID and v != getattr(_USUAL, k)}
+    return {key: said[key] for key in _ALWAYS_SAID} | unusual
+
+
+def _execution_of(root: str, wanted: ExecutionConfig) -> ExecutionConfig:
+    """What is wanted; of a user who says nothing, what was wanted when the root was begun."""
+    document = Run(root, "masks").document() if wanted == _USUAL else None
+    if document is None or document["verb"] != "predict":
+        return wanted
+    said = {key: document["config"].get(f"inference.{key}") for key in ExecutionConfig.model_fields}
+    said |= {key: document["config"][key] for key in _ALWAYS_SAID}
+    return ExecutionConfig(**{key: value for key, value in said.items() if value is not None})
 
 
 def _first(items: Iterable[PlanItem], limit: int) -> Iterator[PlanItem]:
@@ -354,6 +381,28 @@ def import_job(form: str, files: str, samples: str, out: str) -> Job:
     )
 
 
+def compact_job(source: str, out: str, file_bytes: int) -> Job:
+    """The job of ``api.compact``."""
+    from segbatch.stages import compact as stage
+
+    run = run_of(source)
+    out = storage.resolve(out)
+    if run.table == "state":
+        raise ConfigError(f"{source} is an evaluation, which is not compacted", "compact the masks and evaluate those")
+    if out == run.root or out.startswith(f"{run.root}/"):
+        raise ConfigError(f"{out} lies in the run root that is compacted", "choose another output")
+    return Job(
+        verb="compact",
+        table=run.table,
+        out=out,
+        config={"source": run.root, "table": run.table, "file_bytes": file_bytes},
+        listing=lambda: stage.items(run),
+        task=stage.CompactTask(run.table),
+        info=lambda: tables.dataset_info(run.root),
+        unsplit=True,
+    )
+
+
 _TABLES = {"ingest": "samples", "predict": "masks", "import": "masks", "evaluate": "state"}
 
 
@@ -363,7 +412,7 @@ def run_of(out: str) -> Run:
     document = Run(root, "").document()
     if document is None:
         raise ConfigError(f"{out} is not a run root: it has no .segbatch/config.json", "give the OUT of an earlier run")
-    return Run(root, _TABLES[document["verb"]])
+    return Run(root, _TABLES.get(document["verb"]) or document["config"]["table"])
 
 
 def job_of(out: str, model: "str | ModelSource" = "") -> Job:
@@ -376,6 +425,8 @@ def job_of(out: str, model: "str | ModelSource" = "") -> Job:
         return ingest_job(c["dataset"], c["source"], run.root, c["splits"], c["by_reference"], resplit)
     if document["verb"] == "evaluate":
         return evaluate_job(c["masks"], c["samples"], run.root, c["protocol"], c.get("options"), c.get("class_map"))
+    if document["verb"] == "compact":
+        return compact_job(c["source"], run.root, c["file_bytes"])
     if document["verb"] == "import":
         return import_job(c["format"], c["files"], c["samples"], run.root)
     selection = Selection(c["where"], c["limit"])
@@ -396,23 +447,52 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
 
 def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, failed: bool = False) -> RunResult:
     """Open the root, plan what is new, do what is missing (or redo what failed), finish."""
+    run, listing = _opened(job)
+    with drivers.beating(run.root, job.verb) as heartbeat:
+        beating = _Beating(watch, heartbeat)
+        return _completed(run, job, _planned(run, job, listing, options, failed), limits, options, beating, _Done())
+
+
+def _opened(job: Job) -> tuple[Run, Callable[[], Iterable[PlanItem]]]:
+    """The job's run, and its listing."""
     is_new = Run(job.out, job.table).document() is None
     listing = _begun(job) if is_new else job.listing  # a wrong input must not claim the root
-    run = Run.open(job.out, job.table, job.verb, job.config)
+    return Run.open(job.out, job.table, job.verb, job.config), listing
+
+
+def _planned(
+    run: Run, job: Job, listing: Callable[[], Iterable[PlanItem]], options: RunOptions, failed: bool = False
+) -> Iterator[Shards]:
+    """Plan what is new; gives what there is to do, until nothing is."""
     plan = options.plan.model_copy(update={"shard_rows": 2**31}) if job.unsplit else options.plan
     if failed:
         run.clear_quarantine()
-        rounds, is_described = iter([list(run.failed())]), True
+        rounds, is_described = iter([run.to_retry()]), True
     else:
         adopted = _is_chosen(job) or run.plan(listing, plan, job.complete, job.grouped) is None
         rounds = _rounds(run, adopted)
         is_described = adopted
     if not is_described or not storage.exists(tables.service(run.root, "dataset.json")):
         tables.write_dataset_info(run.root, job.info())  # new inputs may bring new classes
-    done, stop = _Done(), threading.Event()
+    return rounds
+
+
+def _completed(
+    run: Run,
+    job: Job,
+    rounds: Iterable[Shards],
+    limits: Limits,
+    options: RunOptions,
+    watch: Watch,
+    done: "_Done",
+) -> RunResult:
+    """Do what there is to do, and finish; ``done`` is what this call of the verb did before."""
+    stop = threading.Event()
     try:
         for todo in rounds:
             if todo and not stop.is_set():
+                if job.settle is not None:
+                    job = replace(job, task=job.settle(run, todo, watch.say))
                 _work(run, job, todo, limits, options.engine, watch, stop, done)
         result = done.result(run.finish())
         watch.say(_summary(result))
@@ -422,6 +502,29 @@ def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, faile
     except BadItemsError as error:
         raise BadRunError(error.problem, error.fix, done.result(run.state())) from error
     return result
+
+
+class _Beating:
+    """A Watch that tells the driver's heartbeat, too."""
+
+    def __init__(self, watch: Watch, heartbeat: drivers.Heartbeat) -> None:
+        self._watch, self._heartbeat = watch, heartbeat
+        self.say = watch.say
+
+    def begin(self, what: str, total: int, unit: str = "images") -> None:
+        """See ``Watch``."""
+        self._heartbeat.begin(total)
+        self._watch.begin(what, total, unit)
+
+    def advance(self, done: int, bad: int) -> None:
+        """See ``Watch``."""
+        self._heartbeat.advance(done, bad)
+        self._watch.advance(done, bad)
+
+    def end(self) -> None:
+        """See ``Watch``."""
+        self._heartbeat.end()
+        self._watch.end()
 
 
 @dataclass(slots=True)
@@ -465,25 +568,23 @@ def _begun(job: Job) -> Callable[[], Iterable[PlanItem]]:
     return lambda: begun.pop() if begun else job.listing()
 
 
-def _rounds(run: Run, adopted: bool) -> Iterator[list[ShardRef]]:
+def _rounds(run: Run, adopted: bool) -> Iterator[Shards]:
     """What is missing, until nothing is: another driver may publish a plan while this one works.
 
     Somebody else may be at work on an ``adopted`` plan, from its start: begin anywhere in it, so that two share it.
     """
-    before: set[tuple[int, int]] = set()
-    while todo := list(run.missing()):
-        now = {(s.number, s.plan) for s in todo}
-        if now == before:
+    before: Shards | None = None
+    while todo := run.lacking():
+        if before is not None and todo.same_as(before):
             return  # no progress: ``finish`` says what is missing
-        before = now
-        first = random.randrange(len(todo)) if adopted else 0
-        yield todo[first:] + todo[:first]
+        before = todo
+        yield todo.from_place(random.randrange(len(todo)) if adopted else 0)
 
 
 def _work(
     run: Run,
     job: Job,
-    todo: list[ShardRef],
+    todo: Shards,
     limits: Limits,
     config: EngineConfig,
     watch: Watch,
@@ -492,6 +593,8 @@ def _work(
 ) -> None:
     """Map the shards, and add to ``done``."""
     kind = config.kind if config.kind != "auto" else _pick_engine(job, todo)
+    if kind == "ray" and storage.is_private(run.root):
+        raise ConfigError(f"{run.root} is in this process's memory, which actors cannot see", "use --engine inline")
     engine = make(config.model_copy(update={"kind": kind}))
     counts = _Counts(watch, job.verb, *_rows_to_do(run, todo))
     if kind == "ray":
@@ -519,12 +622,9 @@ def _work(
         run.flush()
 
 
-def _rows_to_do(run: Run, todo: Sequence[ShardRef]) -> tuple[int, bool]:
+def _rows_to_do(run: Run, todo: Shards) -> tuple[int, bool]:
     """Rows to make, or to look at where files have changed; and whether those that are copied are none of them."""
-    if todo[0].mode != "retry":
-        return sum(s.rows for s in todo), False
-    outcomes = run.outcomes()
-    return sum(outcomes[s.number].bad for s in todo), True
+    return (run.state().bad, True) if todo.retry else (todo.rows, False)
 
 
 def _check_outcome(run: Run, outcome: Outcome, limits: Limits) -> None:
@@ -538,9 +638,9 @@ def _check_outcome(run: Run, outcome: Outcome, limits: Limits) -> None:
         )
 
 
-def _pick_engine(job: Job, todo: Sequence[ShardRef]) -> Literal["ray", "inline"]:
+def _pick_engine(job: Job, todo: Shards) -> Literal["ray", "inline"]:
     """Ray where there is a model or a cluster or much to read; its start is not worth it for less."""
-    big = sum(s.bytes for s in todo) > _INLINE_BYTES
+    big = todo.bytes > _INLINE_BYTES
     return "ray" if job.prefers_ray or "RAY_ADDRESS" in os.environ or big else "inline"
 
 

@@ -10,18 +10,22 @@ import itertools
 import json
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from segbatch import storage
 from segbatch.config import PlanConfig
 from segbatch.errors import ConfigError, ObjectExists
 from segbatch.records import PlanItem, ShardRef
+from segbatch.shards import INDEX, Shards
 from segbatch.tables import service
 
 if TYPE_CHECKING:
@@ -32,10 +36,11 @@ _PART_BYTES = 64 << 20
 _INDEX = "shards.parquet"
 _GROUP_ROWS = 4096
 _SMALL = 4096
-_SHARD_ROWS = 256
 _MIN_SHARD_ROWS = 16
 _WANTED_SHARDS = 16
 _LARGEST_GROUP = 512 << 20
+_RUN_IDS = 1 << 21
+_DUCKDB_MEMORY = "400MB"
 
 _ITEM_FIELDS = [
     pa.field("sample_id", pa.string()),
@@ -49,17 +54,6 @@ _ITEM_FIELDS = [
     pa.field("split", pa.string()),
 ]
 _ITEMS = pa.schema([pa.field("shard", pa.int64()), *_ITEM_FIELDS])
-_SHARDS = pa.schema(
-    [
-        pa.field("number", pa.int64()),
-        pa.field("key", pa.string()),
-        pa.field("part", pa.int64()),
-        pa.field("start", pa.int64()),
-        pa.field("stop", pa.int64()),
-        pa.field("rows", pa.int64()),
-        pa.field("bytes", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +164,7 @@ def preview(
     plans = published(root)
     if not plans:
         return Preview(*_measure(cut(listing(), options, 0, grouped)), 0, 0)
-    planned = sum(s.rows for s in latest_shards(root, "", plans))
+    planned = latest_shards(root, "", plans).rows
     with _changes(root, plans, listing(), complete) as changes:
         new = _measure(cut(changes.new, options, 0, grouped))
         return Preview(*new, changes.shards, planned, changes.changed, changes.gone)
@@ -186,14 +180,12 @@ def _measure(cuts: Iterable[_Cut]) -> tuple[int, int, int]:
     return shards, rows, size
 
 
-def latest_shards(root: str, table: str, plans: Sequence[PlanInfo]) -> Iterator[ShardRef]:
+def latest_shards(root: str, table: str, plans: Sequence[PlanInfo]) -> Shards:
     """Every shard in its latest plan, newest plan first."""
-    seen: set[int] = set()
+    found = Shards.none(root, table)
     for info in reversed(plans):
-        for shard in shards_of(root, table, info):
-            if shard.number not in seen:
-                yield shard
-        seen.update(info.rewrites)
+        found = found.and_older(shards_of(root, table, info))
+    return found
 
 
 def cut(items: Iterable[PlanItem], options: PlanConfig, first: int, grouped: bool = False) -> Iterator[_Cut]:
@@ -204,7 +196,7 @@ def cut(items: Iterable[PlanItem], options: PlanConfig, first: int, grouped: boo
     """
     stream = iter(items)
     head = list(itertools.islice(stream, _SMALL))
-    limit = options.shard_rows or _rows_per_shard(head)
+    limit = options.shard_rows or _rows_per_shard(head, options.usual_rows)
     numbers = itertools.count(first)
     taken: list[PlanItem] = []
     rows = size = 0
@@ -238,12 +230,12 @@ def _units(items: Iterable[PlanItem], limit: int, grouped: bool) -> Iterator[lis
             yield from ([piece] for member in members for piece in _pieces(member, limit))
 
 
-def _rows_per_shard(head: Sequence[PlanItem]) -> int:
-    """256, but a small input is spread over some shards so that several actors have work and progress shows."""
+def _rows_per_shard(head: Sequence[PlanItem], usual: int) -> int:
+    """The usual ones, but a small input is spread over some shards: several actors have work and progress shows."""
     rows = sum(i.rows for i in head)
     if len(head) == _SMALL:
-        return _SHARD_ROWS
-    return min(max(-(-rows // _WANTED_SHARDS), _MIN_SHARD_ROWS), _SHARD_ROWS)
+        return usual
+    return min(max(-(-rows // _WANTED_SHARDS), _MIN_SHARD_ROWS), usual)
 
 
 def _pieces(item: PlanItem, limit: int) -> Iterator[PlanItem]:
@@ -277,7 +269,7 @@ def _write(root: str, table: str, cuts: Iterable[_Cut], number: int, next_shard:
         if not writer.shards:
             return None
         writer.close()
-        _check_unique(writer.ids.duplicates)
+        _check_unique(writer.duplicates())
     except BaseException:
         writer.discard()
         raise
@@ -306,19 +298,59 @@ def _check_unique(duplicates: Collection[str]) -> None:
 
 
 class _IdCheck:
-    """Notices a sample id that occurs twice; 8 bytes of hash an id."""
+    """Notices sample ids that occur twice: 8 bytes of hash an id, beyond ``_RUN_IDS`` of them on the disk."""
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self.duplicates: set[str] = set()
+        self._marks = np.empty(_RUN_IDS, np.uint64)
+        self._held = 0
+        self._runs: list[int] = []
+        self._spill: IO[bytes] | None = None
 
-    def add(self, sample_id: str) -> None:
-        if not sample_id:
-            return
-        mark = int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little")
-        if mark in self._seen:
-            self.duplicates.add(sample_id)
-        self._seen.add(mark)
+    def add(self, sample_ids: Sequence[str]) -> None:
+        """Look at more ids; empty ones are none."""
+        digests = (hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids if i)
+        marks = np.frombuffer(b"".join(digests), np.uint64)
+        while len(marks):
+            room = _RUN_IDS - self._held
+            self._marks[self._held : self._held + room][: len(marks)] = marks[:room]
+            self._held += min(room, len(marks))
+            marks = marks[room:]
+            if self._held == _RUN_IDS:
+                self._write_run()
+
+    def _write_run(self) -> None:
+        if self._spill is None:
+            self._spill = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``close``
+        run = np.sort(self._marks[: self._held])
+        self._spill.write(run.data)
+        self._runs.append(len(run))
+        self._held = 0
+
+    def twice(self) -> NDArray[np.uint64]:
+        """Hashes of ids that occur twice."""
+        if self._spill is None:
+            return _repeated(self._marks[: self._held])
+        self._write_run()
+        self._spill.flush()
+        every = np.memmap(self._spill, np.uint64, "r")
+        runs = np.split(every, np.cumsum(self._runs)[:-1])
+        bounds = np.linspace(0, 2**64 - 1, len(runs) + 1)[1:-1].astype(np.uint64)
+        cut_at = [np.concatenate([[0], np.searchsorted(run, bounds), [len(run)]]) for run in runs]
+        spans = (
+            np.concatenate([r[c[i] : c[i + 1]] for r, c in zip(runs, cut_at, strict=True)]) for i in range(len(runs))
+        )
+        return np.concatenate([_repeated(span) for span in spans])
+
+    def close(self) -> None:
+        """Drop what is on the disk."""
+        if self._spill is not None:
+            self._spill.close()
+
+
+def _repeated(marks: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Values that occur more than once."""
+    ordered = np.sort(marks)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
 
 
 class _PlanWriter:
@@ -331,7 +363,7 @@ class _PlanWriter:
         self._part = 0
         self._in_part = 0
         self._items: list[tuple[int, PlanItem]] = []
-        self._refs: list[dict[str, Any]] = []
+        self._refs: list[tuple[int, str, int, int, int, int, int]] = []
         self._shard_groups: list[pa.Table] = []
         self._item_buffer = storage.buffer()
         self._item_writer = pq.ParquetWriter(self._item_buffer, _ITEMS, compression="zstd")
@@ -342,19 +374,10 @@ class _PlanWriter:
         if self._in_part and full:
             self._roll()
         rows, size = sum(i.rows for i in piece.items), sum(i.bytes for i in piece.items)
-        self._refs.append(
-            {
-                "number": piece.number,
-                "key": piece.key or _key(piece.number, piece.items),
-                "part": self._part,
-                "start": self._in_part,
-                "stop": self._in_part + len(piece.items),
-                "rows": rows,
-                "bytes": size,
-            }
-        )
+        key = piece.key or _key(piece.number, piece.items)
+        stop = self._in_part + len(piece.items)
+        self._refs.append((piece.number, key, self._part, self._in_part, stop, rows, size))
         for item in piece.items:
-            self.ids.add(item.sample_id)
             self._items.append((piece.number, item))
         self._in_part += len(piece.items)
         self.shards, self.rows, self.bytes = self.shards + 1, self.rows + rows, self.bytes + size
@@ -365,11 +388,14 @@ class _PlanWriter:
 
     def _flush_items(self) -> None:
         if self._items:
+            self.ids.add([i.sample_id for _, i in self._items])
             self._item_writer.write_table(_items_table(self._items), row_group_size=_GROUP_ROWS)
             self._items = []
 
     def _flush_refs(self) -> None:
-        self._shard_groups.append(pa.Table.from_pylist(self._refs, _SHARDS))
+        columns = list(zip(*self._refs, strict=True)) if self._refs else [()] * len(INDEX)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, INDEX, strict=True)]
+        self._shard_groups.append(pa.table(arrays, INDEX))
         self._refs = []
 
     def _roll(self) -> None:
@@ -392,8 +418,26 @@ class _PlanWriter:
         pq.write_table(pa.concat_tables(self._shard_groups), out, compression="zstd")
         self._put(_INDEX, out.getvalue())
 
+    def duplicates(self) -> list[str]:
+        """Sample ids that occur twice; the items are read again only where two hashes are equal."""
+        marks = self.ids.twice()
+        self.ids.close()
+        if not len(marks):
+            return []
+        suspects = {int(m).to_bytes(8, "little") for m in marks}
+        found: Counter[str] = Counter()
+        for uri in (u for u in self._written if not u.endswith(_INDEX)):
+            with storage.open_input(uri) as source:
+                for batch in pq.ParquetFile(source).iter_batches(_GROUP_ROWS, columns=["sample_id"]):
+                    ids = batch.column("sample_id").to_pylist()
+                    found.update(
+                        i for i in ids if i and hashlib.blake2b(i.encode(), digest_size=8).digest() in suspects
+                    )
+        return [i for i, times in found.items() if times > 1]
+
     def discard(self) -> None:
         """Remove the files of a plan that lost the race, or could not be finished."""
+        self.ids.close()
         for uri in self._written:
             storage.delete(uri)
         storage.remove_empty_folder(self.folder)
@@ -404,26 +448,11 @@ def _items_table(items: Sequence[tuple[int, PlanItem]]) -> pa.Table:
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, _ITEMS, strict=True)], _ITEMS)
 
 
-def shards_of(root: str, table: str, info: PlanInfo) -> Iterator[ShardRef]:
-    """The shards of a plan, streamed from its index."""
-    folder = service(root, "plans", info.folder)
-    rewrites = set(info.rewrites)
-    with storage.open_input(storage.join(folder, _INDEX)) as source:
-        for batch in pq.ParquetFile(source).iter_batches(_GROUP_ROWS):
-            for row in batch.to_pylist():
-                yield ShardRef(
-                    root=root,
-                    table=table,
-                    plan=info.plan,
-                    number=row["number"],
-                    key=row["key"],
-                    part=storage.join(folder, f"items-{row['part']:08d}.parquet"),
-                    start=row["start"],
-                    stop=row["stop"],
-                    rows=row["rows"],
-                    bytes=row["bytes"],
-                    mode="rewrite" if row["number"] in rewrites else "create",
-                )
+def shards_of(root: str, table: str, info: PlanInfo) -> Shards:
+    """The shards of a plan."""
+    with storage.open_input(service(root, "plans", info.folder, _INDEX)) as source:
+        index = pq.ParquetFile(source).read(use_threads=False)
+    return Shards.of_plan(root, table, info.plan, info.folder, index, info.rewrites)
 
 
 def items_of(shard: ShardRef) -> list[PlanItem]:
@@ -447,7 +476,7 @@ def changed_file(shards: Iterable[ShardRef]) -> str:
 
     Files that are an item each do not count: their rows tell by themselves what was read.
     """
-    for part, members in itertools.groupby(sorted(shards, key=lambda s: s.part), key=lambda s: s.part):
+    for part, members in itertools.groupby(shards, key=lambda s: s.part):
         with storage.open_input(part) as source:
             items = pq.read_table(source, columns=["sample_id", "uri", "etag"], use_threads=False)
         for row in pa.concat_tables(items.slice(s.start, s.stop - s.start) for s in members).to_pylist():
@@ -482,31 +511,28 @@ def _changes(root: str, plans: Sequence[PlanInfo], items: Iterable[PlanItem], co
     """Anti-join the input as it is now with every plan so far, out of core, on (uri, etag)."""
     import duckdb
 
-    with tempfile.TemporaryDirectory() as scratch, duckdb.connect() as db:
-        db.execute("SET memory_limit='1GB'; SET threads=2")
+    with storage.scratch_folder() as scratch, duckdb.connect() as db:
+        db.execute(f"SET memory_limit='{_DUCKDB_MEMORY}'; SET threads=2; SET preserve_insertion_order=false")
         db.execute(f"SET temp_directory='{scratch}/spill'")
         listing = Path(scratch) / "listing.parquet"
         _write_listing(listing, items)
-        db.execute(
-            "CREATE TABLE listing AS SELECT row_number() OVER () AS ord, * EXCLUDE (shard) "
-            "FROM read_parquet(?, hive_partitioning=false)",
-            [str(listing)],
-        )
-        db.execute(
-            "CREATE TABLE planned (plan BIGINT, ord BIGINT, shard BIGINT, sample_id VARCHAR, uri VARCHAR, "
-            "etag VARCHAR, bytes BIGINT, rows BIGINT, row_start BIGINT, detail VARCHAR, group_id VARCHAR, "
-            "split VARCHAR)"
-        )
-        db.execute("CREATE TABLE cuts (plan BIGINT, shard BIGINT)")
+        db.execute(f"CREATE VIEW listing AS SELECT file_row_number AS ord, * EXCLUDE (shard) FROM {_rows_of(listing)}")
+        planned = ["SELECT 0 AS plan, ord, 0::BIGINT AS shard, * EXCLUDE (ord) FROM listing WHERE false"]
+        cuts = ["SELECT 0 AS plan, 0::BIGINT AS shard WHERE false"]
         for plan, path in _local_copies(root, plans, Path(scratch)):
             if path.name.endswith(_INDEX):
-                db.execute(
-                    "INSERT INTO cuts SELECT ?, number FROM read_parquet(?, hive_partitioning=false)", [plan, str(path)]
-                )
+                cuts.append(f"SELECT {plan} AS plan, number AS shard FROM {_rows_of(path)}")
             else:
-                rows = "SELECT ? AS plan, row_number() OVER () AS ord, * FROM read_parquet(?, hive_partitioning=false)"
-                db.execute(f"INSERT INTO planned BY NAME {rows}", [plan, str(path)])
+                planned.append(f"SELECT {plan} AS plan, file_row_number AS ord, * FROM {_rows_of(path)}")
+        db.execute("CREATE VIEW cuts AS " + " UNION ALL BY NAME ".join(cuts))
+        db.execute("CREATE VIEW planned AS " + " UNION ALL BY NAME ".join(planned))
         yield _query_changes(root, plans, db, complete)
+
+
+def _rows_of(path: Path) -> str:
+    """A Parquet file as SQL reads it, with the numbers of its rows."""
+    quoted = str(path).replace("'", "''")
+    return f"read_parquet('{quoted}', hive_partitioning=false, file_row_number=true)"
 
 
 def _write_listing(path: Path, items: Iterable[PlanItem]) -> None:
@@ -567,11 +593,11 @@ def _query_changes(root: str, plans: Sequence[PlanInfo], db: "duckdb.DuckDBPyCon
     db.execute(_TOUCHED, [complete])
     changed, gone = db.execute(_COUNTS, [complete]).fetchall()[0]
     db.execute(_STRETCHES)
-    (count,) = db.execute("SELECT count(*) FROM touched").fetchall()[0]
-    keys = {s.number: s.key for info in plans for s in shards_of(root, "", info)} if count else {}
+    touched = [int(n) for (n,) in db.execute("SELECT shard FROM touched").fetchall()]
+    keys = {s.number: s.key for s in latest_shards(root, "", plans).numbered(touched)} if touched else {}
     redo = itertools.chain(_streamed(db, _REDO_ITEMS), _streamed(db, _REDO_RANGES))  # a run has only one of the two
     new = (PlanItem(*row) for row in _streamed(db, _NEW))
-    return _Changes(_rewrites(redo, keys), new, int(count), int(changed), int(gone))
+    return _Changes(_rewrites(redo, keys), new, len(touched), int(changed), int(gone))
 
 
 def _streamed(db: "duckdb.DuckDBPyConnection", sql: str) -> Iterator[tuple[Any, ...]]:

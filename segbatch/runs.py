@@ -14,14 +14,19 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from segbatch import planning, schemas, storage, tables
 from segbatch.config import PlanConfig, differences, digest_of
+from segbatch.drivers import PATIENCE_S, Driver, look
 from segbatch.errors import ConfigError, EngineError, IncompleteRunError, ObjectExists, ObjectMissing
 from segbatch.planning import PlanInfo, items_of
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
+from segbatch.shards import Present, Shards
 from segbatch.storage import ObjectInfo
 from segbatch.tables import service
 from segbatch.version import __version__
@@ -30,6 +35,15 @@ __all__ = ["Journal", "Run", "RunState", "Task", "Worker", "commit", "committed"
 
 _COMMIT_ATTEMPTS = 5
 _LOG_EVERY = 256
+_MEASURED = 1000
+"""Outcomes by which later plans size their shards."""
+
+_FEWEST_ROWS, _MOST_ROWS = 16, 8192
+"""Of a shard that is sized by what its rows will take."""
+
+_LOGS_AT_A_TIME = 32
+_FOOTERS_AT_A_TIME = 16
+_OUTCOME_KEYS = tuple(f.name for f in fields(Outcome))
 
 
 class Journal(Protocol):
@@ -92,6 +106,34 @@ class RunState:
     def complete(self) -> bool:
         """Every planned shard is written."""
         return self.shards == self.shards_done
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus(RunState):
+    """Where a run stands and who is at work on it.
+
+    Attributes:
+        drivers: those that are at work, and those that died without taking leave.
+        quarantined: samples that killed their process, with the reason.
+    """
+
+    drivers: tuple[Driver, ...] = ()
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a driver is at work."""
+        return any(d.alive for d in self.drivers)
+
+    @property
+    def per_s(self) -> float:
+        """Images a second of all drivers together, over the last five minutes."""
+        return sum(d.per_s for d in self.drivers if d.alive)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until every planned row is there, at that speed; None where nothing moves."""
+        return (self.rows - self.rows_done) / self.per_s if self.per_s else None
 
 
 class Run:
@@ -169,32 +211,63 @@ class Run:
             complete: ``listing`` gives the whole input, so that planned items which it lacks have vanished.
             grouped: neighbours of one ``group_id`` in one listing lie in one shard; see ``planning.cut``.
         """
-        return planning.publish(self.root, self.table, listing, options, complete, grouped)
+        return planning.publish(self.root, self.table, listing, self._sized(options), complete, grouped)
 
-    def shards(self) -> Iterator[ShardRef]:
+    def _sized(self, options: PlanConfig) -> PlanConfig:
+        """Shards of about ``shard_seconds``, by what the rows of earlier plans took; as they are where none did."""
+        done = itertools.chain.from_iterable(outcomes for _, outcomes in self._logs())
+        measured = [
+            (o.rows - o.copied, o.seconds["total"])
+            for o in itertools.islice(done, _MEASURED)
+            if o.seconds.get("total") and o.rows > o.copied
+        ]
+        rows, seconds = (sum(column) for column in zip(*measured, strict=True)) if measured else (0, 0.0)
+        if not rows:
+            return options
+        wanted = round(options.shard_seconds * rows / seconds)
+        return options.model_copy(update={"usual_rows": min(max(wanted, _FEWEST_ROWS), _MOST_ROWS)})
+
+    def shards(self) -> Shards:
         """Every shard of the run in its latest plan, newest plan first."""
         return planning.latest_shards(self.root, self.table, self.plans())
 
-    def missing(self) -> Iterator[ShardRef]:
+    def lacking(self) -> Shards:
         """Shards whose result is not there yet: O(shards), no input is read."""
-        present = self._present()
-        return (s for s in self.shards() if not self._is_done(s, present))
+        shards = self.shards()
+        return shards.where(~self._is_done(shards, self._present()))
+
+    def missing(self) -> Iterator[ShardRef]:
+        """The same, one by one."""
+        return iter(self.lacking())
+
+    def to_retry(self) -> Shards:
+        """Written shards that hold bad rows, to be retried."""
+        written, present = self._written(self.shards())
+        numbers = [o.shard for o in self._outcomes(written, present) if o.bad]
+        return replace(written.numbered(numbers), retry=True)
 
     def failed(self) -> Iterator[ShardRef]:
-        """Written shards that hold bad rows, as references to retry."""
-        shards, present = list(self.shards()), self._present()
-        written = [s for s in shards if self._is_done(s, present)]
-        outcomes = self._outcomes(written, present)
-        return (replace(s, mode="retry") for s in written if outcomes[s.number].bad)
+        """The same, one by one."""
+        return iter(self.to_retry())
 
-    def _present(self) -> dict[str, ObjectInfo]:
-        return {storage.name_of(p.uri): p for p in tables.parts(storage.join(self.root, self.table))}
+    def _present(self) -> Present:
+        return Present(tables.list_parts(storage.join(self.root, self.table)))
 
-    def _is_done(self, shard: ShardRef, present: Mapping[str, ObjectInfo]) -> bool:
-        """Whether the result is there; for a rewritten shard, the result of that plan or a later one."""
-        if shard.key not in present:
-            return False
-        return shard.mode != "rewrite" or _plan_of(tables.footer(shard.uri)) >= shard.plan
+    def _written(self, shards: Shards) -> tuple[Shards, Present]:
+        """Those of ``shards`` whose result is there, and the listing that says so: it is newer than their plans."""
+        present = self._present()
+        return shards.where(self._is_done(shards, present)), present
+
+    def _is_done(self, shards: Shards, present: Present) -> NDArray[np.bool_]:
+        """Whether each result is there; for a rewritten shard, the result of that plan or a later one."""
+        done: NDArray[np.bool_] = present.places(shards) >= 0
+        in_doubt = done & shards.numpy("rewrite")
+        if in_doubt.any():
+            doubtful = shards.where(in_doubt)
+            plans = {o.shard: o.plan for o in self._outcomes(doubtful, present)}
+            cells = (doubtful.numpy(c).tolist() for c in ("number", "plan"))
+            done[in_doubt] = [plans[number] >= plan for number, plan in zip(*cells, strict=True)]
+        return done
 
     # -- outcomes ----------------------------------------------------------------------------------------------
 
@@ -212,32 +285,44 @@ class Run:
             lines, self._log = self._log, []
         if lines:
             name = f"{_now(compact=True)}-{uuid.uuid4().hex[:12]}.jsonl"
-            text = "\n".join(json.dumps(asdict(o)) for o in lines)
+            text = "\n".join(json.dumps({name: getattr(o, name) for name in _OUTCOME_KEYS}) for o in lines)
             storage.replace(service(self.root, "outcomes", name), text.encode())  # the name is nobody else's
 
     def outcomes(self) -> dict[int, Outcome]:
-        """Outcome of every written shard by number: from the logs where they are current, else from the footer."""
-        shards, present = list(self.shards()), self._present()
-        return self._outcomes([s for s in shards if s.key in present], present)
+        """Outcome of every written shard by number, 1 kB each; see ``state`` for sums."""
+        return {o.shard: o for o in self._outcomes(self.shards(), self._present())}
 
-    def _outcomes(self, shards: Sequence[ShardRef], present: Mapping[str, ObjectInfo]) -> dict[int, Outcome]:
-        logged = {(o.shard, o.etag): o for o in self._logged()}  # tags alone may repeat: size and time
-        found = {s.number: logged.get((s.number, present[s.key].etag)) for s in shards}
-        known = {number: outcome for number, outcome in found.items() if outcome is not None}
-        unknown = [s for s in shards if s.number not in known]
-        with ThreadPoolExecutor(16) as pool:
-            read = pool.map(lambda s: _outcome(s, tables.footer(s.uri), present[s.key]), unknown)
-            return known | {s.number: o for s, o in zip(unknown, read, strict=True)}
+    def _outcomes(self, shards: Shards, present: Present) -> Iterator[Outcome]:
+        """Outcome of each shard whose result is there, in any order: from the logs where they are current, else from
+        the footers.
+        """
+        sought = _Sought(shards, present)
+        for _, outcomes in self._logs():
+            yield from sought.current(outcomes)
+        unknown = zip(shards.where(sought.open), sought.open_places(), strict=True)
+        with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+            while chunk := list(itertools.islice(unknown, _LOG_EVERY)):
+                infos = present.infos(chunk)
+                yield from pool.map(lambda pair, i: _outcome(pair[0], tables.footer(i.uri), i), chunk, infos)
 
-    def _logged(self) -> Iterator[Outcome]:
-        logs = [i.uri for i in storage.list_files(service(self.root, "outcomes"), (".jsonl",))]
-        for data in storage.read_many(logs):
-            for line in data.decode().splitlines():
-                yield Outcome(**json.loads(line))
+    def _logs(self) -> Iterator[tuple[ObjectInfo, list[Outcome]]]:
+        """Every outcome log."""
+        logs = storage.list_files(service(self.root, "outcomes"), (".jsonl",))
+        while chunk := list(itertools.islice(logs, _LOGS_AT_A_TIME)):
+            for info, data in zip(chunk, storage.read_many(i.uri for i in chunk), strict=True):
+                lines: list[dict[str, Any]] = json.loads(b"[" + b",".join(data.splitlines()) + b"]")
+                yield info, [Outcome(**{k: line[k] for k in _OUTCOME_KEYS if k in line}) for line in lines]
+
+    def void_logs(self) -> Iterator[ObjectInfo]:
+        """Outcome logs that tell of no result that is there, or only what another log tells."""
+        sought = _Sought(self.shards(), self._present())
+        for info, outcomes in self._logs():
+            if not list(sought.current(outcomes)):
+                yield info
 
     def complaints(self, shard: int, with_issues: bool) -> Iterator[str]:
         """What is wrong in a written shard, row by row: bad rows, and issues of good rows where asked for."""
-        key = next((s.key for s in self.shards() if s.number == shard), "")
+        key = next((s.key for s in self.shards().numbered([shard])), "")
         columns = [c for c in ("sample_id", "status", "error", "issues") if c in schemas.TABLES[self.table].names]
         for batch in tables.batches(storage.join(self.root, self.table, key), self.table, columns):
             for row in batch.to_pylist():
@@ -250,27 +335,35 @@ class Run:
     def state(self) -> RunState:
         """Planned against written, from one listing of each and the outcomes."""
         plans = self.plans()
-        shards = list(planning.latest_shards(self.root, self.table, plans))
-        present = self._present()  # after the plans: a shard that is written meanwhile may count, never the other way
-        written = [s for s in shards if self._is_done(s, present)]
-        done = self._outcomes(written, present).values()
+        shards = planning.latest_shards(self.root, self.table, plans)
+        written, present = self._written(shards)
+        rows = bad = 0
         reasons: Counter[str] = Counter()
         issues: Counter[str] = Counter()
-        for outcome in done:
-            reasons.update(outcome.reasons)
-            issues.update(outcome.issues)
+        for outcome in self._outcomes(written, present):
+            rows, bad = rows + outcome.rows, bad + outcome.bad
+            if outcome.reasons or outcome.issues:
+                reasons.update(outcome.reasons)
+                issues.update(outcome.issues)
         return RunState(
             self.root,
             self.table,
             plans=len(plans),
             shards=len(shards),
-            shards_done=len(done),
-            rows=sum(s.rows for s in shards),
-            rows_done=sum(o.rows for o in done),
-            bad=sum(o.bad for o in done),
+            shards_done=len(written),
+            rows=shards.rows,
+            rows_done=rows,
+            bad=bad,
             reasons=dict(reasons),
             issues=dict(issues),
         )
+
+    def status(self, patience_s: float = PATIENCE_S) -> RunStatus:
+        """``state``, and who is at work; see ``drivers.look``."""
+        found = look([self.root], patience_s)[self.root]
+        state = self.state()
+        known = {f.name: getattr(state, f.name) for f in fields(RunState)}
+        return RunStatus(**known, drivers=tuple(found), quarantined=self.quarantine())
 
     def finish(self) -> RunState:
         """Check planned == written and rows in == rows out, then write the manifest and the success markers.
@@ -302,11 +395,19 @@ class Run:
 
     def quarantine(self) -> dict[str, str]:
         """Samples that killed their process, with the reason; not those whose file has changed since."""
-        uris = [i.uri for i in storage.list_files(service(self.root, "quarantine"), (".json",))]
-        entries: list[dict[str, Any]] = [json.loads(data) for data in storage.read_many(uris)]
+        return {e["sample_id"]: e["reason"] for _, e, holds in self._quarantined() if holds}
+
+    def stale_quarantine(self) -> list[ObjectInfo]:
+        """Files of those whose file has changed since."""
+        return [info for info, _, holds in self._quarantined() if not holds]
+
+    def _quarantined(self) -> list[tuple[ObjectInfo, dict[str, Any], bool]]:
+        """File and content of every entry, and whether the sample is as it was when it killed."""
+        infos = list(storage.list_files(service(self.root, "quarantine"), (".json",)))
+        entries: list[dict[str, Any]] = [json.loads(data) for data in storage.read_many(i.uri for i in infos)]
         numbers = {e["shard"] for e in entries}
-        shards = {s.number: s for s in self.shards() if s.number in numbers} if entries else {}
-        return {e["sample_id"]: e["reason"] for e in entries if _still_holds(e, shards.get(e["shard"]))}
+        shards = {s.number: s for s in self.shards().numbered(numbers)} if entries else {}
+        return [(i, e, _still_holds(e, shards.get(e["shard"]))) for i, e in zip(infos, entries, strict=True)]
 
     def add_quarantine(self, shard: ShardRef, sample_id: str, reason: str) -> None:
         """Persist that a sample of ``shard`` kills its process."""
@@ -318,6 +419,35 @@ class Run:
         """Give quarantined samples another chance (``retry --failed``)."""
         for info in storage.list_files(service(self.root, "quarantine"), (".json",)):
             storage.delete(info.uri)
+
+
+class _Sought:
+    """Shards whose outcome is not known yet."""
+
+    def __init__(self, shards: Shards, present: Present) -> None:
+        self._present = present
+        self._places = present.places(shards)
+        numbers = shards.numpy("number")
+        self._order = np.argsort(numbers)
+        self._numbers = numbers[self._order]
+        self.open: NDArray[np.bool_] = self._places >= 0
+
+    def open_places(self) -> list[int]:
+        """Where the results of the open ones stand in the listing."""
+        return self._places[self.open].tolist()  # type: ignore[no-any-return]
+
+    def current(self, outcomes: Sequence[Outcome]) -> Iterator[Outcome]:
+        """Those of ``outcomes`` that tell of a result that is there, each shard's once."""
+        numbers = np.array([o.shard for o in outcomes], np.int64)
+        found = np.searchsorted(self._numbers, numbers)
+        known = found < len(self._numbers)
+        known[known] = self._numbers[found[known]] == numbers[known]
+        rows = self._order[found[known]]
+        tags = self._present.tags(self._places[rows])
+        for i, row, tag in zip(np.flatnonzero(known).tolist(), rows.tolist(), tags, strict=True):
+            if self.open[row] and outcomes[i].etag == tag:  # numbers and tags alone may repeat
+                self.open[row] = False
+                yield outcomes[i]
 
 
 def _etag_of(shard: ShardRef, sample_id: str) -> str:

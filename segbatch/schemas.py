@@ -293,8 +293,9 @@ def check_version(table: str, schema: pa.Schema, uri: str) -> None:
 
 
 def parquet_options(table: str) -> dict[str, object]:
-    """Arguments for ``pyarrow.parquet.ParquetWriter``: zstd-3, byte-stream-split runs, raw image bytes.
+    """Arguments for ``pyarrow.parquet.ParquetWriter``: zstd-3, byte-stream-split runs, raw image bytes, page checksums.
 
+    The checksums are Parquet's own, a CRC-32 of each page (``PageHeader.crc`` in parquet-format's ``parquet.thrift``).
     Measured on CamVid: 3.9 kB a label map where PNG takes 6.0.
     """
     leaves = _leaf_paths(TABLES[table])
@@ -308,6 +309,7 @@ def parquet_options(table: str) -> dict[str, object]:
         "use_dictionary": [p for p, t in leaves if pa.types.is_string(t)],
         "write_statistics": [p for p, _ in leaves if p not in bulky],  # a least and a greatest photo help nobody
         "column_encoding": dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        "write_page_checksum": True,
     }
 
 

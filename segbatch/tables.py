@@ -17,6 +17,8 @@ from segbatch.storage import ObjectInfo
 SERVICE = ".segbatch"
 PREFIX = "part-"
 SUFFIX = ".parquet"
+CHECKSUMS_KEY = "segbatch.checksums"
+"""Footer key of part files whose pages carry checksums."""
 
 
 def service(root: str, *parts: str) -> str:
@@ -54,21 +56,28 @@ def root_of(root_or_folder: str, table: str) -> str:
     return find(root_or_folder, table).rsplit("/", 1)[0]
 
 
+def list_parts(folder: str) -> Iterator[ObjectInfo]:
+    """The part files of a table folder, as a stream."""
+    found = storage.list_files(folder, (SUFFIX,), recursive=False)
+    return (p for p in found if storage.name_of(p.uri).startswith(PREFIX))
+
+
 def parts(folder: str) -> list[ObjectInfo]:
     """The part files of a table folder, by name."""
-    found = storage.list_files(folder, (SUFFIX,), recursive=False)
-    return sorted((p for p in found if storage.name_of(p.uri).startswith(PREFIX)), key=lambda p: p.uri)
+    return sorted(list_parts(folder), key=lambda p: p.uri)
 
 
-def open_part(uri: str, table: str) -> pq.ParquetFile:
+def open_part(uri: str, table: str, check: bool = False) -> pq.ParquetFile:
     """Open a part file and check what it is; the caller closes it.
+
+    With ``check``, reading compares every page with its checksum; pages of older files have none.
 
     Raises:
         SchemaError: not Parquet, another table, or another major version.
     """
     source = storage.open_input(uri)
     try:
-        file = pq.ParquetFile(source)
+        file = pq.ParquetFile(source, page_checksum_verification=check)
     except pa.ArrowInvalid as error:
         source.close()
         raise _unreadable(uri, error) from error
@@ -89,15 +98,17 @@ def batches(
     start: int = 0,
     stop: int | None = None,
     batch_rows: int = 64,
+    check: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     """Rows ``[start, stop)`` of one part, by row group and then at most ``batch_rows`` at a time.
 
-    Columns that the file does not have yet (an older minor version of the schema) come as nulls.
+    Columns that the file does not have yet (an older minor version of the schema) come as nulls. ``check``: see
+    ``open_part``.
 
     Raises:
         SchemaError: see ``open_part``.
     """
-    with open_part(uri, table) as file:
+    with open_part(uri, table, check) as file:
         stop = file.metadata.num_rows if stop is None else stop
         first = 0
         for group in range(file.num_row_groups):
@@ -241,7 +252,7 @@ class PartWriter:
     def finish(self, footer: dict[str, str]) -> bytes:
         """Close the file with ``footer`` as key-value metadata and return its bytes."""
         self._flush()
-        self._writer.add_key_value_metadata(footer)
+        self._writer.add_key_value_metadata({CHECKSUMS_KEY: "crc32", **footer})
         self._writer.close()
         return self._buffer.getvalue().to_pybytes()  # type: ignore[no-any-return]
 

@@ -1,17 +1,13 @@
-"""An S3 server of the tests' own, as a separate process on a free port, and a proxy before it that loses replies."""
+"""An S3 server of the tests' own, as a separate process on a free port; see ``s3_proxy`` for bad days."""
 
 import contextlib
 import http.client
-import http.server
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -80,59 +76,6 @@ def _request(port: int, method: str, path: str) -> None:
     connection.close()
     if answer.status >= 400:
         raise RuntimeError(f"the S3 server answers {method} {path} with {answer.status}")
-
-
-@dataclass
-class Proxy:
-    """Passes requests on. ``lose`` decides, by method and path, whether the server's reply is thrown away."""
-
-    url: str
-    lose: Callable[[str, str], bool] = lambda method, path: False
-    lost: list[str] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def proxy(upstream: str) -> Iterator[Proxy]:
-    """A proxy before ``upstream`` on a port of its own."""
-    found = Proxy(f"http://127.0.0.1:{free_port()}")
-    port = urlsplit(upstream).port
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            """Silence."""
-
-        def _pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            connection = http.client.HTTPConnection("127.0.0.1", port or 0, timeout=60)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            answer = connection.getresponse()
-            data = answer.read()
-            connection.close()
-            if found.lose(self.command, self.path):
-                found.lost.append(f"{self.command} {self.path}")
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return
-            self.send_response_only(answer.status, answer.reason)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(name, value)
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-            self.send_header("Content-Length", length or "0")
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on  # noqa: N815
-
-    service = http.server.ThreadingHTTPServer(("127.0.0.1", urlsplit(found.url).port or 0), Handler)
-    threading.Thread(target=service.serve_forever, daemon=True).start()
-    try:
-        yield found
-    finally:
-        service.shutdown()
-        service.server_close()
 
 
 def upload(folder: Path, root: str) -> None:

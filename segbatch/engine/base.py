@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from segbatch.errors import EngineError, SegbatchError
 from segbatch.records import Outcome, ShardRef
@@ -66,20 +66,31 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class UsesGpu(Protocol):
+    """A task that can say whether its workers compute on a GPU."""
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether they do."""
+        ...
+
+
 class Failures:
     """Counts the failed attempts of each shard; the rules are the same for every engine."""
 
     def __init__(self, attempts: int) -> None:
         self._attempts = attempts
         self._counts: dict[int, int] = {}
-        self._for_good: dict[int, str] = {}
+        self._for_good: dict[int, tuple[str, str]] = {}
 
-    def again(self, shard: ShardRef, reason: str) -> bool:
-        """Note a failed attempt; whether there may be another."""
+    def again(self, shard: ShardRef, reason: str, where: str = "") -> bool:
+        """Note a failed attempt, and where it was made; whether there may be another."""
         count = self._counts[shard.number] = self._counts.get(shard.number, 0) + 1
-        log.warning("shard %d failed (attempt %d of %d): %s", shard.number, count, self._attempts, reason)
+        place = f" {where}" if where else ""
+        log.warning("shard %d failed%s (attempt %d of %d): %s", shard.number, place, count, self._attempts, reason)
         if count >= self._attempts:
-            self._for_good[shard.number] = reason
+            self._for_good[shard.number] = reason, where
         return count < self._attempts
 
     def check(self) -> None:
@@ -90,12 +101,13 @@ class Failures:
         """
         if not self._for_good:
             return
-        number, reason = next(iter(self._for_good.items()))
+        number, (reason, where) = next(iter(self._for_good.items()))
         many = len(self._for_good) > 1
         what = f"{len(self._for_good)} shards, for example {number}," if many else f"shard {number}"
+        last = f"; the last time {where}" if where else ""
         raise EngineError(
             f"{what} failed {self._attempts} times: {reason}",
-            "everything else is done; run the same command again to go on",
+            f"everything else is done; run the same command again to go on{last}",
         )
 
 

@@ -12,6 +12,7 @@ from segbatch.inference.pipeline import Predictor
 from segbatch.inference.views import ViewsSegmenter, check_views, orders_of
 from segbatch.models import registry
 from segbatch.models.base import InputSpec, ModelSpec, Segmenter
+from segbatch.models.parts import Part, parts_of
 from segbatch.models.registry import ModelSource
 
 CASCADE = "cascade:"
@@ -24,6 +25,11 @@ class ViewsSource:
 
     members: tuple[ModelSource, ...]
     options: InferenceOptions
+
+    @property
+    def has_parts(self) -> bool:
+        """See ``models.parts``."""
+        return all(getattr(m, "has_parts", False) for m in self.members)
 
     @property
     def reference(self) -> str:
@@ -75,6 +81,11 @@ class ChosenSource:
     options: InferenceOptions
 
     @property
+    def has_parts(self) -> bool:
+        """See ``models.parts``."""
+        return bool(getattr(self.member, "has_parts", False))
+
+    @property
     def reference(self) -> str:
         """The model's."""
         return self.member.reference
@@ -114,8 +125,13 @@ class _Chosen:
     def __init__(self, segmenter: Segmenter, spec: ModelSpec) -> None:
         self.spec = spec
         self.forward = segmenter.forward
+        self._member = segmenter
         if spec.input.resize == "own":
             self.prepare = segmenter.prepare  # type: ignore[attr-defined]
+
+    def parts(self) -> Sequence[Part]:
+        """See ``models.parts.HasParts``."""
+        return parts_of(self._member)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,11 @@ def upsample_argmax(
 ) -> bool:
     """Bilinear interpolation of scores at each output pixel, its winning class and that class's probability.
 
+    It goes along rows of one channel at a time, so that the compiler can use vectors: for 19 channels of 128 x 256 to
+    512 x 1024 that takes 17 ms, pixel by pixel 49.
+
     Args:
-        scores: (rows, columns, channels).
+        scores: (channels, rows, columns).
         grid_y, grid_x: (step, shift): output pixel ``y`` lies at row ``(y + 0.5) * step - shift``.
         soft: the scores are logits, whose soft-max is the probabilities; else they are in proportion to them.
         classes: (height, width), filled with the winning channel, the first of equals.
@@ -42,40 +45,91 @@ def upsample_argmax(
     Returns:
         False when some pixel has no winner, because its scores are not numbers.
     """
-    _, columns, channels = scores.shape
+    channels, rows, columns = scores.shape
     height, width = classes.shape
-    row = np.empty((columns, channels), np.float32)
-    here = np.empty(channels, np.float32)
+    left, right = np.empty(width, np.int64), np.empty(width, np.int64)
+    weight = np.empty(width, np.float32)
+    for x in range(width):
+        at = min(max((x + 0.5) * grid_x[0] - grid_x[1], 0.0), columns - 1.0)
+        left[x] = int(at)
+        right[x] = min(left[x] + 1, columns - 1)
+        weight[x] = np.float32(at - left[x])
+    column, lines = np.empty(columns, np.float32), np.empty((channels, width), np.float32)
+    best, winner, total = np.empty(width, np.float32), np.empty(width, np.int32), np.empty(width, np.float32)
+    power = np.empty(width, np.int32)
     for y in range(height):
-        _row_at(scores, (y + 0.5) * grid_y[0] - grid_y[1], row)
+        at = min(max((y + 0.5) * grid_y[0] - grid_y[1], 0.0), rows - 1.0)
+        top = int(at)
+        bottom, share_y = min(top + 1, rows - 1), np.float32(at - top)
+        for c in range(channels):
+            upper, lower, line = scores[c, top], scores[c, bottom], lines[c]
+            for x in range(columns):
+                column[x] = upper[x] + (lower[x] - upper[x]) * share_y
+            for x in range(width):
+                line[x] = column[left[x]] + (column[right[x]] - column[left[x]]) * weight[x]
+        line = lines[0]
         for x in range(width):
-            at = min(max((x + 0.5) * grid_x[0] - grid_x[1], 0.0), columns - 1.0)
-            left = int(at)
-            right, weight = min(left + 1, columns - 1), np.float32(at - left)
-            best, winner = np.float32(-np.inf), -1
-            for c in range(channels):
-                here[c] = row[left, c] + (row[right, c] - row[left, c]) * weight
-                if here[c] > best:
-                    best, winner = here[c], c
-            total = np.float32(0.0)
+            best[x], winner[x], total[x] = line[x], 0, 0.0
+        for c in range(1, channels):
+            line = lines[c]
+            for x in range(width):
+                larger = line[x] > best[x]
+                best[x] = line[x] if larger else best[x]
+                winner[x] = c if larger else winner[x]
+        for c in range(channels):
             if soft:
-                for c in range(channels):
-                    total += np.exp(here[c] - best)
-                if winner < 0 or not total >= 1.0:
-                    return False
-                share = 1.0 / total
+                _add_exponentials(lines[c], best, power, total)
             else:
-                for c in range(channels):
-                    total += here[c]
-                if winner < 0 or not total >= 0.0:
+                line = lines[c]
+                for x in range(width):
+                    total[x] += line[x]
+        for x in range(width):
+            if soft:
+                if not total[x] >= 1.0:
                     return False
-                share = best / total if total > 0.0 else 1.0 / channels
-            classes[y, x] = winner
-            sums[winner] += share
-            pixels[winner] += 1
+                share = 1.0 / total[x]
+            else:
+                if not total[x] >= 0.0:
+                    return False
+                share = best[x] / total[x] if total[x] > 0.0 else 1.0 / channels
+            classes[y, x] = winner[x]
+            sums[winner[x]] += share
+            pixels[winner[x]] += 1
             if certainty.size:
                 certainty[y, x] = int(255 * share + 0.5)
     return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_exponentials(
+    line: NDArray[np.float32], best: NDArray[np.float32], power: NDArray[np.int32], total: NDArray[np.float32]
+) -> None:
+    """Add ``exp(line - best)``, which are at most 1, to ``total``; differences below -87 count as -87.
+
+    ``exp(x) = 2**n * exp(f)`` with ``|f| <= ln(2) / 2``, and a polynomial for the latter: Cephes' ``expf``, right to
+    2e-7 of the value. numba would call the library's for one number at a time. Not-a-number stays that.
+
+    Args:
+        line: overwritten.
+        best: the largest of the channels.
+        power: space, as long as the others.
+        total: added to.
+    """
+    scale = power.view(np.float32)
+    for x in range(len(line)):
+        below = line[x] - best[x]
+        below = np.float32(-87.0) if below < np.float32(-87.0) else below
+        n = np.floor(below * np.float32(1.4426950408889634) + np.float32(0.5))
+        f = below - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+        p = np.float32(1.9875691500e-4) * f + np.float32(1.3981999507e-3)
+        p = p * f + np.float32(8.3334519073e-3)
+        p = p * f + np.float32(4.1665795894e-2)
+        p = p * f + np.float32(1.6666665459e-1)
+        p = p * f + np.float32(5.0000001201e-1)
+        line[x] = p * f * f + f + np.float32(1.0)
+        power[x] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    for x in range(len(line)):
+        total[x] += line[x] * scale[x]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

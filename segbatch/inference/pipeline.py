@@ -30,6 +30,7 @@ from segbatch.models.base import (
     PanopticParts,
     Segmenter,
 )
+from segbatch.models.parts import Part, parts_of
 from segbatch.records import Instance, Prediction, Segment
 
 Grid = tuple[float, float]
@@ -98,6 +99,10 @@ class Predictor:
         self._label_ids = np.array(ids, np.uint16) if ids else None
         self._same_ids = ids == list(range(len(ids)))
 
+    def parts(self) -> Sequence[Part]:
+        """What of the model an engine may run; see ``models.parts``."""
+        return parts_of(self._segmenter)
+
     def predict(self, rgb_upright: NDArray[np.uint8]) -> Prediction:
         """The prediction for one upright photo (height, width, 3)."""
         return self.finish(self.forward([self.prepare(rgb_upright)])[0])
@@ -164,7 +169,7 @@ class Predictor:
         if output == "panoptic":
             index_map, segments = self._panoptic(raw.output, at)
             return Prediction(panoptic=index_map, segments=segments)
-        classes, means, certainty = self._winners(self.scores(raw), at, output == "logits")
+        classes, means, certainty = self._winners(self._maps(raw), at, output == "logits")
         return Prediction(semantic=self.named(classes), class_confidence=self.by_label_id(means), confidence=certainty)
 
     def detections(self, found: Detections, at: Geometry) -> Detections:
@@ -181,8 +186,7 @@ class Predictor:
 
         kept = self.detections(parts.detections, at)
         runs = paste(kept, at.height, at.width, self.spec.choice.mask_threshold)
-        scores = np.ascontiguousarray(np.moveaxis(parts.logits, 0, -1), np.float32)
-        semantic, _, _ = self._winners(scores, at, soft=True)
+        semantic, _, _ = self._winners(np.ascontiguousarray(parts.logits, np.float32), at, soft=True)
         things = list(zip(kept.classes.tolist(), runs, strict=True))
         return merge(things, semantic, self.spec.classes, self.spec.choice)
 
@@ -196,13 +200,21 @@ class Predictor:
             self.named(raw.output)
             hits: NDArray[np.float32] = np.eye(len(self.spec.classes.classes), dtype=np.float32)[raw.output]
             return hits
+        return np.ascontiguousarray(np.moveaxis(self._maps(raw), 0, -1))
+
+    def _maps(self, raw: Raw) -> NDArray[np.float32]:
+        """A semantic network's scores (channels, rows, columns).
+
+        Raises:
+            DataError: another number of channels than classes.
+        """
         channels = raw.output.shape[0]
         if self._label_ids is not None and channels != len(self._label_ids):
             raise DataError(
                 f"the model gave {channels} channels, its class table has {len(self._label_ids)} classes",
                 code="unknown-class",
             )
-        return np.ascontiguousarray(np.moveaxis(raw.output, 0, -1), np.float32)
+        return np.ascontiguousarray(raw.output, np.float32)
 
     def grids(self, at: Geometry, rows: int, columns: int) -> tuple[Grid, Grid]:
         """Where the photo's pixels lie among rows and columns of scores; see ``kernels.upsample_argmax``."""
@@ -220,10 +232,16 @@ class Predictor:
     def _winners(
         self, scores: NDArray[np.float32], at: Geometry, soft: bool
     ) -> tuple[NDArray[np.uint16], dict[int, float], NDArray[np.uint8] | None]:
-        """The winning channel of each pixel of the photo, its mean probability by channel, and by pixel if wanted."""
+        """The winning channel of each pixel of the photo, its mean probability by channel, and by pixel if wanted.
+
+        Args:
+            scores: (channels, rows, columns).
+            at: where the photo lies in them.
+            soft: they are logits.
+        """
         from segbatch.inference.kernels import upsample_argmax
 
-        rows, columns, channels = scores.shape
+        channels, rows, columns = scores.shape
         classes = np.empty((at.height, at.width), np.uint16)
         sums, pixels = np.zeros(channels), np.zeros(channels, np.int64)
         certainty = np.empty(classes.shape if self.spec.choice.confidence else (0, 0), np.uint8)

@@ -19,6 +19,7 @@ from segbatch.inference.options import InferenceOptions
 from segbatch.inference.pipeline import Predictor, not_a_number
 from segbatch.inference.tiles import Span
 from segbatch.models.base import Choice, Detections, Geometry, ModelSpec
+from segbatch.models.parts import Part
 from segbatch.records import Prediction
 
 _GRID = 64
@@ -48,6 +49,11 @@ class ViewsSegmenter:
         for predictor in predictors:
             check_views(predictor.spec, options)
         self._exact = any(p.spec.input.resize in ("stretch", "letterbox", "own") for p in predictors)
+
+    def parts(self) -> list[Part]:
+        """See ``models.parts.HasParts``: those of all models; none where some model has none."""
+        found = [p.parts() for p in self._predictors]
+        return [part for parts in found for part in parts] if all(found) else []
 
     def forward(self, batch: NDArray[Any]) -> Sequence[Prediction]:
         """Predictions of photos (n, height, width, 3) uint8."""

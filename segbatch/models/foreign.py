@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from segbatch.errors import ConfigError
 from segbatch.models.base import ModelSpec
 from segbatch.models.checkpoint import load_state
+from segbatch.models.parts import Part
 from segbatch.models.state_file import StateFile
 
 ChannelOrder = Literal["rgb", "bgr"]
@@ -55,7 +56,7 @@ def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 class ForeignSegmenter:
-    """A semantic network in fp32 on the CPU, channels last, in evaluation mode.
+    """A semantic network on the CPU, channels last, in evaluation mode; in fp32 unless its part is replaced.
 
     Args:
         net: the network, its weights in it.
@@ -67,6 +68,10 @@ class ForeignSegmenter:
         self.spec = spec
         self.net = net.eval().to(memory_format=torch.channels_last)
         self._flip = channel_order == "bgr"
+
+    def parts(self) -> list[Part]:
+        """See ``parts.HasParts``."""
+        return [Part(self.spec.digest, self, "net")]
 
     def scores(self, images: Tensor) -> Tensor:
         """What the network says of (n, 3, h, w): (n, channels, h, w), or (n, h, w) where that is labels."""

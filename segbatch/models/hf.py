@@ -31,7 +31,7 @@ No code of the folder's is ever run: a folder that brings some (``auto_map``) is
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from segbatch.config import Config, digest_of, parse
 from segbatch.errors import ConfigError
@@ -72,6 +72,7 @@ class HfSource:
 
     what: str
     classes_uri: str = ""
+    has_parts: ClassVar[bool] = True
 
     @property
     def reference(self) -> str:

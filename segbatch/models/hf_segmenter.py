@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from segbatch.errors import DataError
 from segbatch.models import hf_output
 from segbatch.models.base import Geometry, ModelSpec
 from segbatch.models.hf import Model
 from segbatch.models.hf_families import THRESHOLDS
+from segbatch.models.parts import Part
 from segbatch.records import Prediction
 
 _OUTPUTS = ("logits", "pred_masks", "class_queries_logits", "masks_queries_logits")
@@ -29,8 +30,21 @@ def in_short(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 
+class _Named(nn.Module):
+    """A network of transformers that gives the outputs that are read here by name, and nothing else."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, **given: Tensor) -> dict[str, Tensor]:
+        """Arguments and results as ``transformers`` names them."""
+        out = self.net(**given)
+        return {name: out[name] for name in _OUTPUTS if name in out}
+
+
 class HfSegmenter:
-    """A network of transformers in fp32 on the CPU, with its image processor.
+    """A network of transformers on the CPU, with its image processor; in fp32 unless its part is replaced.
 
     Args:
         net: with its weights, in evaluation mode.
@@ -41,7 +55,7 @@ class HfSegmenter:
 
     def __init__(self, net: Any, processor: Any, model: Model, text: Tensor | None) -> None:
         self.spec: ModelSpec = model.spec
-        self._net = net
+        self._net: nn.Module = _Named(net)
         self._processor = processor
         self._text = text
         self._task_arguments = {"task_inputs": [model.spec.task]} if text is not None else {}
@@ -107,6 +121,10 @@ class HfSegmenter:
         offsets: list[list[int]] = self._processor._split_image(nothing, self._processor.size, [0])[1]
         return offsets
 
+    def parts(self) -> list[Part]:
+        """See ``parts.HasParts``; which arguments a network for objects is given depends on the photo."""
+        return [Part(self.spec.digest, self, "_net", convertible=self.spec.output == "logits")]
+
     # -- network ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: NDArray[Any]) -> NDArray[Any] | list[dict[str, Tensor]]:
@@ -122,15 +140,14 @@ class HfSegmenter:
         with torch.inference_mode():
             out = self._net(pixel_values=x.reshape(images * pieces, 3, height, width), **arguments)
             if self.spec.output == "own":
-                named = {k: out[k] for k in _OUTPUTS if k in out}
-                return [{k: v[i * pieces : (i + 1) * pieces] for k, v in named.items()} for i in range(images)]
+                return [{k: v[i * pieces : (i + 1) * pieces] for k, v in out.items()} for i in range(images)]
             scores: NDArray[np.float32] = self._scores(out, images).numpy()
         return scores
 
-    def _scores(self, out: Any, images: int) -> Tensor:
+    def _scores(self, out: dict[str, Tensor], images: int) -> Tensor:
         if self.spec.output == "logits":
-            return torch.as_tensor(out.logits)
-        named = SimpleNamespace(**{k: out[k] for k in _OUTPUTS if k in out}, patch_offsets=None)
+            return out["logits"]
+        named = SimpleNamespace(**out, patch_offsets=None)
         sizes = [self._score_size] * images if self._score_size else None
         found = self._post(named, target_sizes=sizes, return_segmentation_scores=True)
         return torch.stack([f.segmentation_scores for f in found])

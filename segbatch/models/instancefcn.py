@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from segbatch.models import instancefcn_windows as windows
 from segbatch.models.base import Detections, ModelSpec, Target
 from segbatch.models.config import InstanceFCNConfig
+from segbatch.models.parts import Part
 from segbatch.models.vgg import STAGES, conv_stages, initialise, scaled
 
 SAMPLED = 256
@@ -196,11 +197,21 @@ class InstanceFCN(nn.Module):
 
 
 class InstanceFCNSegmenter:
-    """Inference in fp32 on the CPU, channels last, in evaluation mode; boxes are tight at ``choice.mask_threshold``."""
+    """Inference on the CPU, channels last, in evaluation mode; in fp32 unless its parts are replaced.
+
+    Boxes are tight at ``choice.mask_threshold``.
+    """
 
     def __init__(self, net: InstanceFCN, spec: ModelSpec) -> None:
         self.spec = spec
-        self._net = net.eval().to(memory_format=torch.channels_last)
+        self._net: InstanceFCN = net.eval().to(memory_format=torch.channels_last)
+
+    def parts(self) -> list[Part]:
+        """See ``parts.HasParts``: every stage, because what follows on the last one does so at every scale."""
+        key = self.spec.digest
+        stages = [Part(f"{key}-stage{n}", self._net.stages, str(n)) for n in range(len(self._net.stages))]
+        heads = ("segments", "objectness", "category")
+        return [*stages, *(Part(f"{key}-{head}", self._net, head) for head in heads)]
 
     def forward(self, batch: NDArray[Any]) -> list[Detections]:
         """What is found in each image of a float32 batch, (n, h, w, 3) or (n, 3, h, w) as the spec says.

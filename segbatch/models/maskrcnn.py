@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from segbatch.models import rcnn_parts as parts
 from segbatch.models.base import Detections, ModelSpec, Target
 from segbatch.models.config import MaskRCNNConfig
+from segbatch.models.parts import Part
 from segbatch.models.vgg import scaled
 
 Found = dict[str, Tensor]
@@ -131,12 +132,32 @@ def detections(found: Found) -> Detections:
     )
 
 
+def detector_parts(net: Any, digest: str) -> list[Part]:
+    """Backbone, head on proposals, and heads on regions of a Mask R-CNN with torchvision's parts.
+
+    Between them lie anchors, suppression and RoIAlign, which depend on what is in the photo and stay torch's.
+
+    Args:
+        net: see ``detect``.
+        digest: of the model.
+    """
+    holders = [(net, "backbone"), (net.rpn, "head")]
+    holders += [(net.roi_heads, name) for name in ("box_head", "box_predictor", "mask_head", "mask_predictor")]
+    return [Part(f"{digest}-{name}", holder, name) for holder, name in holders if getattr(holder, name) is not None]
+
+
 class MaskRCNNSegmenter:
-    """Inference in fp32 on the CPU, channels last, in evaluation mode, with the thresholds of ``spec.choice``."""
+    """Inference on the CPU, channels last, in evaluation mode, with the thresholds of ``spec.choice``; in fp32 unless
+    its parts are replaced.
+    """
 
     def __init__(self, net: MaskRCNN, spec: ModelSpec) -> None:
         self.spec = spec
         self._net = ready(net, spec)
+
+    def parts(self) -> list[Part]:
+        """See ``parts.HasParts``."""
+        return detector_parts(self._net, self.spec.digest)
 
     def forward(self, batch: NDArray[Any]) -> list[Detections]:
         """What is found in each image of a float32 batch, (n, h, w, channels) or (n, channels, h, w) as the spec says.

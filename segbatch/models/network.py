@@ -7,14 +7,19 @@ import torch
 from numpy.typing import NDArray
 
 from segbatch.models.base import ModelSpec
+from segbatch.models.parts import Part
 
 
 class TorchSegmenter:
-    """Inference in fp32 on the CPU, channels last, in evaluation mode."""
+    """Inference on the CPU, channels last, in evaluation mode; in fp32 unless its part is replaced."""
 
     def __init__(self, net: torch.nn.Module, spec: ModelSpec) -> None:
         self.spec = spec
         self._net = net.eval().to(memory_format=torch.channels_last)
+
+    def parts(self) -> list[Part]:
+        """See ``HasParts``."""
+        return [Part(self.spec.digest, self, "_net")]
 
     def forward(self, batch: NDArray[Any]) -> NDArray[Any]:
         """Logits (n, classes, h, w) float32 of a batch (n, h, w, 3) or (n, 3, h, w) float32, as the spec says."""

@@ -26,7 +26,16 @@ from segbatch.errors import ConfigError
 from segbatch.models import rcnn_parts as parts
 from segbatch.models.base import Detections, ModelSpec, PanopticParts, Target
 from segbatch.models.config import PanopticFPNConfig
-from segbatch.models.maskrcnn import MaskRCNN, detections, features_of, images_of, ready, regions_found
+from segbatch.models.maskrcnn import (
+    MaskRCNN,
+    detections,
+    detector_parts,
+    features_of,
+    images_of,
+    ready,
+    regions_found,
+)
+from segbatch.models.parts import Part
 from segbatch.models.vgg import scaled
 from segbatch.records import ClassTable
 
@@ -138,12 +147,19 @@ def _stage(inputs: int, channels: int, enlarges: bool, norm: parts.Norm) -> nn.S
 
 
 class PanopticFPNSegmenter:
-    """Inference in fp32 on the CPU, channels last, in evaluation mode, with the thresholds of ``spec.choice``."""
+    """Inference on the CPU, channels last, in evaluation mode, with the thresholds of ``spec.choice``; in fp32 unless
+    its parts are replaced.
+    """
 
     def __init__(self, net: PanopticFPN, spec: ModelSpec) -> None:
         self.spec = spec
-        self._net = ready(net, spec)
+        self._net: Any = ready(net, spec)
         self._things = np.array(net.things, np.int64)
+
+    def parts(self) -> list[Part]:
+        """See ``parts.HasParts``."""
+        semantic = Part(f"{self.spec.digest}-semantic", self._net, "semantic")
+        return [*detector_parts(self._net.instances, self.spec.digest), semantic]
 
     def forward(self, batch: NDArray[Any]) -> list[PanopticParts]:
         """Things, and logits of stride 4, of each image; see ``MaskRCNNSegmenter.forward``."""

@@ -8,7 +8,7 @@ adds a loader.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from segbatch.config import nearest
 from segbatch.errors import ConfigError
@@ -52,6 +52,7 @@ class CheckpointSource:
     architecture: str
     uri: str
     classes_uri: str = ""
+    has_parts: ClassVar[bool] = True
 
     @property
     def reference(self) -> str:

@@ -24,7 +24,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from segbatch import storage
 from segbatch.config import digest_of, nearest
@@ -76,6 +76,7 @@ class SmpSource:
 
     what: str
     classes_uri: str = ""
+    has_parts: ClassVar[bool] = True
 
     @property
     def reference(self) -> str:

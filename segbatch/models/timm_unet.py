@@ -8,6 +8,7 @@ with or without the tag of its first weights, which decides mean and deviation. 
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from segbatch.errors import ConfigError
 from segbatch.models import smp
@@ -22,6 +23,7 @@ class TimmSource:
 
     what: str
     classes_uri: str = ""
+    has_parts: ClassVar[bool] = True
 
     @property
     def reference(self) -> str:

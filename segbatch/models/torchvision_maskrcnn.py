@@ -35,7 +35,8 @@ from segbatch.config import digest_of
 from segbatch.errors import ConfigError, DataError
 from segbatch.models.base import Choice, Detections, InputSpec, ModelSpec
 from segbatch.models.foreign import fed
-from segbatch.models.maskrcnn import detect
+from segbatch.models.maskrcnn import detect, detector_parts
+from segbatch.models.parts import Part
 from segbatch.models.rcnn_parts import pooling
 from segbatch.models.side_car import check_keys, choice_of, class_table_for
 from segbatch.models.torchvision_files import INPUT_KEYS, Given
@@ -193,6 +194,10 @@ class MaskRCNNSegmenter:
         self._net = net.eval().to(memory_format=torch.channels_last)
         self._flip = network.given.side_car.channel_order == "bgr"
         self._named = np.array(network.named, np.int64)
+
+    def parts(self) -> list[Part]:
+        """See ``parts.HasParts``."""
+        return detector_parts(self._net, self.spec.digest)
 
     def prepare(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.float32], tuple[int, int]]:
         """See ``OwnInput``: (4, h, w), the last channel 1 where the photo is and 0 where the padding is.

@@ -11,7 +11,7 @@ of trained weights is those. Of another file nothing is concluded from its numbe
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from segbatch.models.base import ModelSpec, Segmenter
 from segbatch.models.torchvision_files import Given, opened
@@ -49,6 +49,7 @@ class TorchvisionSource:
 
     what: str
     classes_uri: str = ""
+    has_parts: ClassVar[bool] = True
 
     @property
     def reference(self) -> str:

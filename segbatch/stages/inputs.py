@@ -1,16 +1,20 @@
 """What a shard of ``predict`` reads: photos and CT slices, from files or from a samples table, and how they decode."""
 
+import functools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from segbatch import tables
 from segbatch.codecs import photo
+from segbatch.codecs.photo import PhotoInfo
 from segbatch.inference import volumes
+from segbatch.inference.pipeline import Prepared, fed_size
 from segbatch.inference.volumes import Slice
+from segbatch.models.base import InputSpec
 from segbatch.records import OK, PlanItem
 
 _COLUMNS = ("sample_id", "group_id", "image", "image_format", "image_uri", "etag", "status")
@@ -114,8 +118,30 @@ def _middle(window: Sequence[tuple[Input, Slice | None]], half: int) -> Input:
     return replace(found, slices=volumes.with_neighbours(own, [s for _, s in window]))
 
 
-def decoded(item: Input, data: bytes, max_pixels: int) -> tuple[NDArray[Any], int, int, int]:
+Fed = Callable[[int, int], tuple[int, int]]
+"""(height, width) that an upright photo of (height, width) takes up in the network's input."""
+
+_SPARE = 2  # pixels decoded for each one fed, along each side: the resize that follows still averages
+
+
+def fed_of(spec: InputSpec) -> Fed | None:
+    """How large photos are fed to a network that has them resized; None where every pixel may count."""
+    if spec.slices or spec.resize not in ("stretch", "letterbox", "short-side"):
+        return None
+    return functools.partial(fed_size, spec)
+
+
+def decoded(item: Input, data: bytes, max_pixels: int, fed: Fed | None = None) -> tuple[NDArray[Any], int, int, int]:
     """The upright photo (h, w, 3) uint8, or the slices (h, w, slices) float32, and stored height, width, orientation.
+
+    Args:
+        item: the input.
+        data: its file.
+        max_pixels: see ``photo.decode``.
+        fed: allows a JPEG to come at 1/2, 1/4 or 1/8 of its size, as long as each side keeps at least twice as many
+            pixels as are fed. Sides round up, so the last row and column may stand for up to 7 pixels that do not
+            exist: the photo is shifted by less than half a fed pixel there, and by less elsewhere. None decodes every
+            pixel.
 
     Raises:
         DataError: it is broken or too large.
@@ -123,5 +149,36 @@ def decoded(item: Input, data: bytes, max_pixels: int) -> tuple[NDArray[Any], in
     if item.slices:
         stack = volumes.stack(item.slices, item.uri)
         return stack, stack.shape[0], stack.shape[1], 1
-    rgb, info = photo.decode(data, item.uri, max_pixels)
+    rgb, info = photo.decode(data, item.uri, max_pixels, fed and functools.partial(_least, fed))
     return photo.upright(rgb, info.exif_orientation), info.height, info.width, info.exif_orientation
+
+
+class Decoder(Protocol):
+    """``decoded``, or what stands for it."""
+
+    def __call__(
+        self, item: Input, data: bytes, max_pixels: int, fed: Fed | None = None
+    ) -> tuple[NDArray[Any], int, int, int]:
+        """See ``decoded``."""
+        ...
+
+
+def on_the_photo(prepared: Prepared, height: int, width: int, orientation: int) -> Prepared:
+    """What was prepared from a photo decoded at a reduced size, as lying on the whole photo.
+
+    Args:
+        prepared: of ``decoded``'s pixels.
+        height, width: of the stored photo.
+        orientation: EXIF orientation 1..8 of it.
+    """
+    tall, wide = (width, height) if orientation >= 5 else (height, width)
+    return prepared._replace(geometry=prepared.geometry._replace(height=tall, width=wide))
+
+
+def _least(fed: Fed, info: PhotoInfo) -> tuple[int, int]:
+    """Sides on the stored grid that leave ``_SPARE`` pixels for each one that is fed."""
+    if info.exif_orientation >= 5:
+        wide, tall = fed(info.width, info.height)
+    else:
+        tall, wide = fed(info.height, info.width)
+    return _SPARE * tall, _SPARE * wide

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -24,14 +24,19 @@ from numpy.typing import NDArray
 from segbatch import schemas, storage, tables
 from segbatch.codecs import png, runlength
 from segbatch.codecs.runlength import Runs
+from segbatch.config import ExecutionConfig
 from segbatch.errors import ConfigError, DataError, ObjectMissing, StorageError
+from segbatch.inference.execution import Execution, apply
 from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
 from segbatch.inference.turning import turn_back
 from segbatch.models.registry import ModelSource
 from segbatch.records import OK, Outcome, PlanItem, Prediction, ShardRef
-from segbatch.runs import Journal, commit, items_of
+from segbatch.runs import Journal, Run, commit, items_of
+from segbatch.shards import Shards
 from segbatch.stages.allocator import keep_freed_pages
-from segbatch.stages.inputs import Input, decoded, inputs
+from segbatch.stages.batches import Kind, Room, gathered, in_order
+from segbatch.stages.calibrate import settled
+from segbatch.stages.inputs import Decoder, Input, decoded, fed_of, inputs, on_the_photo
 from segbatch.stages.mask_rows import MaskRow, masks_batch
 
 _MODEL_ERRORS = (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
@@ -41,6 +46,9 @@ _ROWS_PER_BATCH = 64
 _READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
 _PHOTOS_AHEAD = 32  # bytes that wait for a codec thread
 _CHUNK = 4  # photos that go through the threads together: fewer hand-overs, while little waits
+_ONE_SIZE = ("stretch", "letterbox")  # ways of resizing after which all photos have one shape
+_SPAN = 32  # batches' worth of photos among which others of the same shape are sought; COCO's sizes fill 4 of 5 places
+_WAITING_BYTES = 256 << 20  # of decoded photos that wait for others of their shape
 
 
 @dataclass(slots=True)
@@ -68,6 +76,14 @@ class _Row:
         self.data = self.prepared = self.raw = self.prediction = None
 
 
+def _shape(row: _Row) -> tuple[int, ...] | None:
+    """What a batch has in common; None for a row that the model will not see."""
+    return None if row.prepared is None else row.prepared.tensor.shape
+
+
+_KIND: Kind[_Row] = Kind(_shape, lambda row: row.prepared.tensor.nbytes if row.prepared else 0)
+
+
 @dataclass(frozen=True, slots=True)
 class PredictTask:
     """Recipe of a ``PredictWorker``.
@@ -77,12 +93,23 @@ class PredictTask:
         digest: of the model that the run was planned with; another one is refused.
         batch_size: photos per call of the model; 0 picks it.
         max_pixels: larger photos are rejected before decoding.
+        wanted: number format and engine, as the user said.
+        execution: how the model computes; None: as it is loaded.
     """
 
     model: ModelSource
     digest: str
     batch_size: int
     max_pixels: int
+    wanted: ExecutionConfig = field(default_factory=ExecutionConfig)
+    execution: Execution | None = None
+
+    def settled(self, run: Run, todo: Shards, say: Callable[[str], None]) -> "PredictTask":
+        """The task with its ``execution``, which is decided once for each run root; see ``stages.calibrate``."""
+        if self.execution is not None:
+            return self
+        decided = settled(run, todo, self.model, self.wanted, self.max_pixels, say)
+        return replace(self, execution=decided)
 
     def open(self, threads: int, journal: Journal) -> "PredictWorker":
         """Load the model."""
@@ -101,16 +128,19 @@ class PredictWorker:
                 f"{segmenter.spec.digest}",
                 "choose another output for the new model",
             )
-        batch_size = task.batch_size or auto_batch_size(segmenter.spec)
+        decided = task.execution or Execution(batch_size=0)
+        segmenter = apply(segmenter, decided, threads)
+        batch_size = task.batch_size or decided.batch_size or auto_batch_size(segmenter.spec)
         self._predictor = Predictor(segmenter, batch_size)
         self._slices = segmenter.spec.input.slices
         self._chunk = max(batch_size, _CHUNK)
         self._digest = segmenter.spec.digest
         self._max_pixels = task.max_pixels
+        self._fed = fed_of(segmenter.spec.input) if task.wanted.decode == "scaled" else None
+        self.decoder: Decoder = decoded  # several models may share one; see ``predict_many``
         self._journal = journal
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
-        self._reads_ahead = max(_PHOTOS_AHEAD // self._chunk, 1)
         self._window = threads + 1
         self._rows_done = 0
         self._count_lock = threading.Lock()
@@ -166,19 +196,51 @@ class PredictWorker:
             yield masks_batch(list(map(_mask_row, pending)), self._digest)
 
     def _rows(self, shard: int, photos: Iterable[Input], skip: Mapping[str, str]) -> Iterator[_Row]:
-        """Chunks in order, each read ahead and then worked on by a codec thread."""
-        reading = (self._readers.submit(self._read, c, skip) for c in _chunks(photos, self._chunk))
-        working = (self._pool.submit(self._work, shard, r.result()) for r in _ahead(reading, self._reads_ahead))
+        """Rows in the order of their photos, which are read ahead and then worked on by codec threads."""
+        mixed = self._predictor.batch_size > 1 and self._predictor.spec.input.resize not in _ONE_SIZE
+        size = _CHUNK if mixed else self._chunk
+        reading = (self._readers.submit(self._read, c, skip) for c in _chunks(photos, size))
+        chunks = (r.result() for r in _ahead(reading, max(_PHOTOS_AHEAD // size, 1)))
         counted = 0
         try:
-            for done in _ahead(working, self._window):
-                rows = done.result()
-                self._count(len(rows))
-                counted += len(rows)
-                yield from rows
+            for row in (self._in_batches if mixed else self._in_chunks)(shard, chunks):
+                self._count(1)
+                counted += 1
+                yield row
         except BaseException:
             self._count(-counted)  # the shard begins anew
             raise
+
+    def _in_chunks(self, shard: int, chunks: Iterable[list[_Row]]) -> Iterator[_Row]:
+        """Each chunk goes through all stages in one codec thread."""
+        working = (self._pool.submit(self._work, shard, rows) for rows in chunks)
+        for done in _ahead(working, self._window):
+            yield from done.result()
+
+    def _in_batches(self, shard: int, chunks: Iterable[list[_Row]]) -> Iterator[_Row]:
+        """Photos are decoded in chunks, then wait until a batch of one shape is full: photos of many shapes."""
+        decoding = (self._pool.submit(self._decode_all, shard, rows) for rows in chunks)
+        decoded_rows = itertools.chain.from_iterable(d.result() for d in _ahead(decoding, self._window))
+        size = self._predictor.batch_size
+        batches = gathered(decoded_rows, _KIND, Room(size, _SPAN * size, _WAITING_BYTES))
+        working = (self._pool.submit(self._work_numbered, shard, batch) for batch in batches)
+        return in_order(done.result() for done in _ahead(working, self._window))
+
+    def _decode_all(self, shard: int, rows: list[_Row]) -> list[_Row]:
+        """The chunk decoded, in one codec thread."""
+        slot = threading.current_thread().name
+        self._journal.note(slot, shard, [r.photo.sample_id for r in rows if r.status == OK])
+        try:
+            for row in rows:
+                if row.data is not None:
+                    self._decode(row, row.data)
+        finally:
+            self._journal.clear(slot)
+        return rows
+
+    def _work_numbered(self, shard: int, batch: list[tuple[int, _Row]]) -> list[tuple[int, _Row]]:
+        self._work(shard, [row for _, row in batch])
+        return batch
 
     def _count(self, rows: int) -> None:
         with self._count_lock:
@@ -237,8 +299,9 @@ class PredictWorker:
         """The upright photo as the model wants it."""
         started = time.perf_counter()
         try:
-            image, row.height, row.width, row.orientation = decoded(row.photo, data, self._max_pixels)
-            row.prepared = self._predictor.prepare(image)
+            image, *stored = self.decoder(row.photo, data, self._max_pixels, self._fed)
+            row.height, row.width, row.orientation = stored
+            row.prepared = on_the_photo(self._predictor.prepare(image), *stored)
         except DataError as error:
             row.fail(error.code, str(error))
         row.data = None
@@ -250,7 +313,7 @@ class PredictWorker:
         try:
             raws = self._predictor.forward([r.prepared for r in rows if r.prepared is not None])
         except _MODEL_ERRORS as error:
-            if "CUDA error" in str(error):
+            if "CUDA error" in str(error) and "out of memory" not in str(error):
                 os._exit(70)  # the context is lost: only a new process helps, and it is no row's fault
             if len(rows) == 1:
                 said = str(error).strip().splitlines()

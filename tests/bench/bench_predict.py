@@ -1,9 +1,10 @@
-"""End to end against the model's own loop: how much of a real model's speed segbatch gives away.
+"""End to end against the model's own loop: how much of a real model's speed segbatch gives away, or adds.
 
-Two loops to hold it against, both in this process with the same threads: the network alone, on inputs that lie
-prepared in memory (no reading, decoding, encoding or writing; on a CPU nothing can reach that, because the rest takes
-CPU time as well), and a plain script that does the same work photo by photo and throws the result away. Ray's start
-and the model's load are excluded everywhere.
+Two loops to hold it against, both in this process. The bare loop: the network alone, computing as ``segbatch predict``
+decides (engine and number format), from as many threads as there are cores, on inputs that lie prepared in memory (no
+reading, decoding, encoding or writing; on a CPU nothing can reach that, because the rest takes CPU time as well). The
+plain script: torch in float32 with all threads, the same work photo by photo, the result thrown away. Ray's start, the
+model's load and the calibration are excluded everywhere.
 
     python tests/bench/bench_predict.py MODEL FOLDER [--images 300] [--rounds 3]
 """
@@ -14,23 +15,36 @@ import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench_engine import through_segbatch
 
 from segbatch.codecs import photo, runlength
-from segbatch.inference.pipeline import Predictor, Prepared, auto_batch_size
+from segbatch.inference import execution
+from segbatch.inference.pipeline import Predictor, Prepared
 from segbatch.models import registry
+from segbatch.models.registry import ModelSource
 
 
-def network_alone(predictor: Predictor, paths: list[Path]) -> float:
-    """Images per second of the network, in batches as segbatch makes them."""
+def network_alone(predictor: Predictor, paths: list[Path], threads: int) -> float:
+    """Images per second of the network, in batches as segbatch makes them, from so many threads."""
     prepared = [_prepared(predictor, path)[0] for path in paths]
-    predictor.forward(prepared[: predictor.batch_size])
-    began = time.perf_counter()
-    for start in range(0, len(prepared), predictor.batch_size):
-        predictor.forward(prepared[start : start + predictor.batch_size])
-    return len(prepared) / (time.perf_counter() - began)
+    size = predictor.batch_size
+    batches = [prepared[start : start + size] for start in range(0, len(prepared), size)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(predictor.forward, batches[: 2 * threads]))
+        began = time.perf_counter()
+        list(pool.map(predictor.forward, batches))
+        return len(prepared) / (time.perf_counter() - began)
+
+
+def fastest(source: ModelSource, paths: list[Path], threads: int) -> Predictor:
+    """The model computing as ``segbatch predict`` decides for a large run."""
+    photos = [photo.decode(p.read_bytes(), str(p))[0] for p in paths[:8]]
+    decided = execution.decide(source.load(1), photos, 10**6)
+    print(decided.said)
+    return Predictor(execution.apply(source.load(1), decided, threads), decided.batch_size)
 
 
 def plain_script(predictor: Predictor, paths: list[Path]) -> float:
@@ -63,13 +77,13 @@ def main() -> None:
         for number, source in zip(range(arguments.images), itertools.cycle(originals), strict=False):
             paths.append(Path(scratch) / f"{number:05d}{source.suffix}")
             paths[-1].write_bytes(source.read_bytes())
-        segmenter = registry.source(arguments.model).load(threads)
-        predictor = Predictor(segmenter, auto_batch_size(segmenter.spec))
-        plain_script(predictor, paths[:8])
+        source = registry.source(arguments.model)
+        fast = fastest(source, paths, threads)
         ratios = []
         for _ in range(arguments.rounds):
-            alone, script = network_alone(predictor, paths), plain_script(predictor, paths)
-            ours, start = through_segbatch(Path(scratch), registry.source(arguments.model), threads, 0)
+            alone = network_alone(fast, paths, threads)
+            script = plain_script(Predictor(source.load(threads), 1), paths)
+            ours, start = through_segbatch(Path(scratch), source, threads, 0)
             ratios.append((ours / alone, ours / script))
             print(f"network alone {alone:6.2f}   plain script {script:6.2f}   segbatch {ours:6.2f} images/s", end="   ")
             print(f"{ours / alone:.3f}   {ours / script:.3f}   (start {start:.1f} s)")

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import doubles
+import engine_doubles
 import photos
 import pytest
 
 from segbatch import api, tables
+from segbatch.config import EngineConfig
+from segbatch.engine import Control, make
 from segbatch.errors import EngineError, StorageError
 from segbatch.planning import published
 from segbatch.runs import Run
@@ -162,6 +165,86 @@ def test_full_disk_in_the_driver(tmp_path: Path, limit: int) -> None:
     assert photos.part_times(out) == {}
     assert len(list((out / ".segbatch" / "plans").glob("*/*"))) in (0, 2)  # all of a plan, or nothing of it
     assert doubles.predict(doubles.FreeModel(), source, out, "inline").state.rows_done == 8
+
+
+# -- what hangs, and what actors say --------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_hanging_image_is_quarantined(tmp_path: Path, ray_session: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, out, log = photos.folder(tmp_path / "in", 32), tmp_path / "out", tmp_path / "log"
+    (source / "photo-0013.jpg").write_bytes(photos.jpeg(13, photos.MARKER))
+    result = doubles.predict(engine_doubles.HangingModel(str(log)), source, out, hang_s=4)
+    found = photos.rows(out)
+    assert found.keys() == photos.sample_ids(source)
+    bad = {k: (r["status"], r["error"]) for k, r in found.items() if r["status"] != "ok"}
+    assert bad == {"photo-0013.jpg": ("quarantined", "processing this image took longer than 4 s")}
+    assert result.state.reasons == {"quarantined": 1}
+    assert len(doubles.loads(log)) <= 3  # at first, for the probe, in the actor's place
+    assert journals(ray_session) == []
+    (said,) = [r.getMessage() for r in caplog.records if " hangs " in r.getMessage()]
+    stacks = Path(said.split(", log ")[1].split(" hangs ")[0]).read_text()
+    assert "engine_doubles.py" in stacks and " in act\n" in stacks
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", ["waits", "holds", "dies", "raises"])
+def test_stuck_shard_is_done_again(
+    tmp_path: Path, ray_session: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """A shard that blocks outside of any image (a commit, a read), in Python or in C code; or dies; or raises."""
+    log, rows = tmp_path / "log", list[int]()
+    engine = make(EngineConfig(kind="ray", hang_s=3, attempts=2))
+    engine.start()
+    control = Control(on_rows=rows.append)
+    outcomes = list(engine.map(engine_doubles.Stuck(str(log), 1, how), engine_doubles.shards(tmp_path, 6), control))
+    engine.close()
+    assert sorted(o.shard for o in outcomes) == list(range(6)) and rows[-1] == 18
+    assert engine_doubles.runs_of(log).count(1) == 2
+    assert control.quarantine == {} and journals(ray_session) == []
+    pid = next(line.split()[2] for line in log.read_text().splitlines() if line.startswith("run 1 "))
+    said = [r.getMessage() for r in caplog.records if f", process {pid}, log /" in r.getMessage()]
+    path = Path(said[0].split(", log ")[1].split(" ")[0])
+    assert "the last word" in path.read_text()
+    if how == "dies":
+        assert "its log ends:" in said[0] and "    the last word" in said[0]
+    elif how == "raises":
+        assert "KeyError: 'colour'" in path.read_text()
+    else:
+        assert " hangs (the stacks of its threads are in its log)" in said[0] and " in get_stuck\n" in path.read_text()
+
+
+@pytest.mark.ray
+def test_shard_that_always_hangs_stops_the_run(tmp_path: Path, ray_session: Path) -> None:
+    log = tmp_path / "log"
+    engine = make(EngineConfig(kind="ray", hang_s=2, attempts=2))
+    engine.start()
+    task = engine_doubles.Sleeping(str(log), 0.0, {2: 600.0}, first_only=False)
+    with pytest.raises(
+        EngineError, match=r"shard 2 failed 2 times: nothing was done for 2 s .* waits longer"
+    ) as caught:
+        list(engine.map(task, engine_doubles.shards(tmp_path, 4), Control()))
+    engine.close()
+    assert sorted(set(engine_doubles.runs_of(log))) == [0, 1, 2, 3]
+    assert ", log /" in caught.value.fix
+
+
+@pytest.mark.ray
+def test_straggler_is_begun_again_elsewhere(tmp_path: Path, ray_session: Path) -> None:
+    """Shard 5 would take ten minutes where it is; the actor that has nothing to do finishes it."""
+    log, rows, count = tmp_path / "log", list[int](), 8
+    engine = make(EngineConfig(kind="ray", actors=2, in_flight=1))
+    engine.start()
+    control, task = Control(on_rows=rows.append), engine_doubles.Sleeping(str(log), 0.2, {5: 600.0})
+    outcomes = list(engine.map(task, engine_doubles.shards(tmp_path, count), control))
+    engine.close()
+    assert sorted(o.shard for o in outcomes) == list(range(count))
+    assert not any(o.committed_by_other for o in outcomes)
+    begun = engine_doubles.runs_of(log)
+    assert begun.count(5) == 2 and len(begun) == count + 1
+    pids = {line.split()[2] for line in log.read_text().splitlines() if line.startswith("run 5 ")}
+    assert len(pids) == 2
+    assert rows[-1] == 3 * count and rows == sorted(rows)
 
 
 # -- a PUT whose reply is lost --------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import generators
 import numpy as np
 import pytest
 import s3
+import s3_proxy
 
 from segbatch import api, storage, tables
 from segbatch.config import EngineConfig, PlanConfig, RunOptions
@@ -284,6 +284,19 @@ def test_listing_has_every_key_of_many_pages(root: str) -> None:
     assert list(storage.list_files(f"{root}/nothing-here")) == []
 
 
+def test_listing_has_the_order_of_a_walk_through_folders(root: str, tmp_path: Path) -> None:
+    names = ["a-1/x", "a.txt", "a/b/c", "a/b.png", "a/.hidden/x", "ab", "z/1", "z/10", "z/1-2"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    s3.upload(tmp_path, root)
+    for recursive in (True, False):
+        here = [storage.relative(i.uri, str(tmp_path)) for i in storage.list_files(str(tmp_path), (), recursive)]
+        assert [storage.relative(i.uri, root) for i in storage.list_files(root, (), recursive)] == here
+    assert storage.list_folders(root) == storage.list_folders(str(tmp_path)) == ["a", "a-1", "z"]
+    assert storage.list_folders(f"{root}/a") == ["b"]
+
+
 def test_looking_at_what_is_and_is_not_there(root: str) -> None:
     storage.create(f"{root}/a/b", b"123")
     assert storage.exists(f"{root}/a/b") and storage.exists(f"{root}/a") and not storage.exists(f"{root}/a/c")
@@ -297,8 +310,10 @@ def test_looking_at_what_is_and_is_not_there(root: str) -> None:
 
 
 def test_an_output_is_checked_before_any_work(root: str) -> None:
-    storage.check_writable(root)
+    assert storage.check_writable(root, keep=False) == storage.Guarantee(put_if_absent=True, in_parts=True)
     assert list(storage.list_files(f"{root}/.segbatch")) == []
+    storage.check_writable(root)
+    assert [storage.name_of(i.uri) for i in storage.list_files(f"{root}/.segbatch")] == ["store.json"]
     with pytest.raises(ObjectMissing, match="the bucket does not exist"):
         storage.check_writable("s3://no-such-bucket/out")
 
@@ -306,34 +321,19 @@ def test_an_output_is_checked_before_any_work(root: str) -> None:
 # -- lost replies ----------------------------------------------------------------------------------------------------
 
 
-class Once:
-    """Loses the reply to the first request of a method whose path contains a word."""
-
-    def __init__(self, method: str, word: str) -> None:
-        self._method, self._word = method, word
-        self._lock = threading.Lock()
-        self._done = False
-
-    def __call__(self, method: str, path: str) -> bool:
-        with self._lock:
-            hit = not self._done and method == self._method and self._word in path
-            self._done = self._done or hit
-            return hit
-
-
 def test_a_lost_reply_tells_the_writer_that_the_key_is_taken(
     root: str, s3_server: s3.S3Server, endpoint: Callable[[str], None]
 ) -> None:
-    with s3.proxy(s3_server.url) as proxy:
+    with s3_proxy.proxy(s3_server.url) as proxy:
         endpoint(proxy.url)
-        proxy.lose = Once("PUT", "/mine")
+        proxy.rules = [s3_proxy.Rule(s3_proxy.Lose(), "PUT", "/mine")]
         with pytest.raises(ObjectExists):
             storage.create(f"{root}/mine", b"1")
-        assert len(proxy.lost) == 1
+        assert len(proxy.hit) == 1
         assert storage.read_bytes(f"{root}/mine") == b"1"
-        proxy.lose = Once("PUT", "/probe-")
+        proxy.rules = [s3_proxy.Rule(s3_proxy.Lose(), "PUT", "/probe-")]
         storage.check_writable(root)
-        assert len(proxy.lost) == 2
+        assert len(proxy.hit) == 2
 
 
 @pytest.mark.parametrize("word", ["part-00000001", "config.json", "plans/0.json", "outcomes/", "SUCCESS"])
@@ -341,24 +341,24 @@ def test_a_run_outlives_a_lost_reply(
     word: str, line: str, root: str, s3_server: s3.S3Server, endpoint: Callable[[str], None]
 ) -> None:
     root = f"{root}-{word.strip('/').replace('/', '-')}"
-    with s3.proxy(s3_server.url) as proxy:
+    with s3_proxy.proxy(s3_server.url) as proxy:
         endpoint(proxy.url)
-        proxy.lose = Once("PUT", word)
+        proxy.rules = [s3_proxy.Rule(s3_proxy.Lose(), "PUT", word)]
         result = api.predict(f"color@{line}/model", f"{line}/samples", f"{root}/masks", options=OPTIONS)
-        assert len(proxy.lost) == 1
+        assert len(proxy.hit) == 1
     assert (result.state.rows_done, result.state.shards_done, result.state.plans) == (12, 4, 1)
     assert not any(o.committed_by_other for o in Run(f"{root}/masks", "masks").outcomes().values())
 
 
 def test_reads_of_an_open_file_are_repeated(root: str, s3_server: s3.S3Server, endpoint: Callable[[str], None]) -> None:
     storage.create(f"{root}/large", bytes(range(256)) * 40_000)
-    with s3.proxy(s3_server.url) as proxy:
+    with s3_proxy.proxy(s3_server.url) as proxy:
         endpoint(proxy.url)
         with storage.open_input(f"{root}/large") as file:
-            proxy.lose = Once("GET", "large")
+            proxy.rules = [s3_proxy.Rule(s3_proxy.Lose(), "GET", "large")]
             file.seek(9_000_001)
             assert file.read(3) == bytes([(9_000_001 + i) % 256 for i in range(3)])
-        assert len(proxy.lost) == 1
+        assert len(proxy.hit) == 1
 
 
 # -- no store, no key ------------------------------------------------------------------------------------------------
@@ -432,11 +432,11 @@ def test_an_archive_reads_like_the_folder(
     storage.create(f"{root}/{name}", pack(tree, tmp_path / name))
     inside = storage.archive_root(f"{root}/{name}")
     names = [storage.relative(i.uri, str(tree)) for i in storage.list_files(str(tree))]
-    with s3.proxy(s3_server.url) as proxy:
+    with s3_proxy.proxy(s3_server.url) as proxy:
         endpoint(proxy.url)
-        proxy.lose = Once("GET", name)
+        proxy.rules = [s3_proxy.Rule(s3_proxy.Lose(), "GET", name)]
         assert [storage.relative(i.uri, inside) for i in storage.list_files(inside)] == names
-        assert len(proxy.lost) == 1
+        assert len(proxy.hit) == 1
         assert storage.read_many(storage.join(inside, n) for n in names) == [(tree / n).read_bytes() for n in names]
         assert storage.list_folders(inside) == storage.list_folders(str(tree)) == ["images", "masks"]
         assert storage.is_archive(f"{root}/{name}") and storage.is_folder(f"{inside}images")

@@ -804,7 +804,7 @@ def test_web_servers_without_tags(web: Server) -> None:
 
 
 def test_what_web_servers_answer(web: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_BACK_OFF_S", 0.001)
+    monkeypatch.setattr(storage.patience, "_BACK_OFF_S", 0.001)
     web.files["/x"] = noise(1, 5000)
     found = storage.stat(f"{web.url}/x")
     assert found and found.size == 5000 and found.etag

@@ -17,8 +17,13 @@ from PIL import Image, ImageOps
 
 from segbatch.codecs import photo
 from segbatch.errors import DataError
+from segbatch.inference.pipeline import Predictor, Prepared
+from segbatch.models.base import Geometry, InputSpec, ModelSpec
+from segbatch.records import ClassInfo, ClassTable
+from segbatch.stages.inputs import Input, decoded, fed_of, on_the_photo
 
 HEIGHT, WIDTH = 23, 37
+THREE = ClassTable(tuple(ClassInfo(i, f"c{i}") for i in range(3)))
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -295,3 +300,107 @@ def test_a_file_without_its_end_is_found_without_decoding_it(kind: str) -> None:
         with pytest.raises(DataError) as caught:
             photo.inspect(data[:stop], "u")
         assert caught.value.code == "truncated" and caught.value.uri == "u"
+
+
+def large(mode: str = "RGB", height: int = 121, width: int = 203) -> Image.Image:
+    """A smooth picture whose sides are no multiples of 8."""
+    return picture("RGB").resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize(
+    ("least", "by"), [((16, 26), 8), ((17, 26), 4), ((31, 51), 4), ((31, 52), 2), ((61, 102), 2), ((61, 103), 1)]
+)
+def test_a_jpeg_is_reduced_as_far_as_enough_pixels_remain(mode: str, least: tuple[int, int], by: int) -> None:
+    data = encoded(large(mode), "JPEG", quality=95)
+    rgb, info = photo.decode(data, least=lambda _: least)
+    whole, same = photo.decode(data)
+    assert info == same and (info.height, info.width) == (121, 203)
+    assert photo.reduction(data, info, least) == by
+    assert rgb.shape == (-(-121 // by), -(-203 // by), 3) and rgb.flags.c_contiguous
+    inner = slice(1, 121 // by - 1), slice(1, 203 // by - 1)
+    means = whole[: 121 // by * by, : 203 // by * by].reshape(121 // by, by, 203 // by, by, 3).mean((1, 3))
+    assert np.abs(rgb[inner] - means[inner]).mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("CMYK", "JPEG", {}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("L", "JPEG", {"progressive": True}),
+        ("RGB", "PNG", {}),
+        ("RGB", "BMP", {}),
+        ("RGB", "WEBP", {}),
+    ],
+)
+def test_other_photos_are_never_reduced(mode: str, kind: str, options: dict[str, Any]) -> None:
+    data = encoded(large(mode), kind, **options)
+    np.testing.assert_array_equal(photo.decode(data, least=lambda _: (1, 1))[0], photo.decode(data)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_cut_jpeg_is_detected_though_it_would_be_reduced(options: dict[str, Any]) -> None:
+    data = encoded(large(), "JPEG", **options)
+    for stop in range(len(data) - 400, len(data)):
+        assert code_of(data[:stop], least=lambda _: (1, 1)) == "truncated"
+    assert code_of(data[:-2] + b"something" + data[-2:], least=lambda _: (1, 1)) == "corrupt"
+    padded = photo.decode(data[:-2] + bytes(9) + data[-2:], least=lambda _: (16, 26))[0]
+    np.testing.assert_array_equal(padded, photo.decode(data, least=lambda _: (16, 26))[0])
+    assert code_of(data, least=lambda _: (1, 1), max_pixels=121 * 203 - 1) == "too-large"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_twice_the_fed_pixels_remain_in_any_orientation(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(large(), "JPEG", exif=exif)
+    item = Input("a", None, "a.jpg", "")
+    upright = (203, 121) if orientation >= 5 else (121, 203)
+    for spec, by in (
+        (InputSpec(resize="stretch", height=15, width=12), 4),
+        (InputSpec(resize="stretch", height=30, width=12), 2),
+        (InputSpec(resize="letterbox", height=10, width=10), 8),
+        (InputSpec(resize="short-side", height=15), 4),
+        (InputSpec(resize="short-side", height=121), 1),
+    ):
+        fed = fed_of(spec)
+        assert fed is not None
+        pixels, *stored = decoded(item, data, 10**6, fed)
+        assert stored == [121, 203, orientation]
+        assert all(got >= 2 * want for got, want in zip(pixels.shape[:2], fed(*upright), strict=True)) or by == 1
+        assert pixels.shape[:2] == tuple(-(-side // by) for side in upright)
+        tall, wide = pixels.shape[:2]
+        reduced = Prepared(np.zeros(1), Geometry(tall, wide, 5, 6, 7, 8))
+        assert on_the_photo(reduced, 121, 203, orientation).geometry == (*upright, 5, 6, 7, 8)
+
+
+def test_networks_that_see_every_pixel_get_every_pixel() -> None:
+    for spec in (InputSpec(), InputSpec(divisor=32), InputSpec(resize="own"), InputSpec(slices=3, resize="stretch")):
+        assert fed_of(spec) is None
+
+
+def test_a_reduced_photo_gives_the_labels_of_the_whole_one() -> None:
+    y, x = np.mgrid[:480, :640]
+    rgb = np.stack([(x + y) % 320, 255 - x / 3, y / 2], -1).clip(0, 255).astype(np.uint8)
+    data = encoded(Image.fromarray(rgb), "JPEG", quality=95)
+    spec = ModelSpec("m", "semantic", THREE, InputSpec(64, 64, "stretch", layout="nhwc"), "logits", "d")
+
+    class Colours:
+        spec: ModelSpec
+
+        def forward(self, batch: NDArray[Any]) -> NDArray[Any]:
+            return np.ascontiguousarray(np.moveaxis(batch, -1, 1))
+
+    network = Colours()
+    network.spec = spec
+    predictor = Predictor(network, 1)
+    maps = []
+    for fed in (None, fed_of(spec.input)):
+        pixels, height, width, orientation = decoded(Input("a", None, "a.jpg", ""), data, 10**6, fed)
+        assert pixels.shape[:2] == ((480, 640) if fed is None else (240, 320))
+        prepared = on_the_photo(predictor.prepare(pixels), height, width, orientation)
+        maps.append(predictor.finish(predictor.forward([prepared])[0]).semantic)
+    assert maps[0] is not None and maps[1] is not None
+    assert maps[0].shape == maps[1].shape == (480, 640) and len(np.unique(maps[0])) == 3
+    assert (maps[0] == maps[1]).mean() > 0.99

@@ -146,6 +146,21 @@ def test_racing_drivers_share_one_plan(tmp_path: Path) -> None:
     assert len(list((tmp_path / ".segbatch" / "plans").iterdir())) == 2 * len(won)  # losers leave nothing
 
 
+@pytest.mark.parametrize("held", [7, 100])
+def test_ids_that_occur_twice_are_found_beyond_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """With 7 ids held, the hashes of the others lie on the disk in sorted runs."""
+    monkeypatch.setattr(planning, "_RUN_IDS", held)
+    monkeypatch.setattr(planning, "_GROUP_ROWS", 5)
+    items = [image(i) for i in range(60)]
+    assert plan(tmp_path / "good", items) is not None
+    twice = [PlanItem(f"{i}.jpg", f"/other/{i}.jpg", "1", 10) for i in (3, 41)]
+    with pytest.raises(ConfigError, match=r"2 sample ids occur twice, for example 3\.jpg, 41\.jpg"):
+        plan(tmp_path / "bad", items + twice)
+    assert list((tmp_path / "bad" / ".segbatch" / "plans").iterdir()) == []
+
+
 # -- changes ---------------------------------------------------------------------------------------------------------
 
 

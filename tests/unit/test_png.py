@@ -111,6 +111,63 @@ def test_ids_that_do_not_fit_are_refused() -> None:
         png.encode_palette(np.array([[256]]), {})
 
 
+SAMPLES = {0: 1, 2: 3, 4: 2, 6: 4}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_photos_of_every_filter_and_kind_are_equal_to_opencv(data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 11))
+    kind = data.draw(st.sampled_from(sorted(SAMPLES)))
+    kinds = data.draw(st.lists(st.integers(0, 4), min_size=height, max_size=height))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, SAMPLES[kind]), np.uint8)
+    packed = zlib.compress(filtered(pixels.reshape(height, -1), SAMPLES[kind], kinds))
+    header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    found = png.decode_rgb(file)
+    assert found is not None and found.flags.c_contiguous and found.flags.writeable
+    assert np.array_equal(found, pixels[..., :3] if kind in (2, 6) else pixels[..., [0, 0, 0]])
+    theirs = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert np.array_equal(found, theirs)
+
+
+def test_photos_that_a_library_must_read() -> None:
+    for mode in ("1", "P", "I;16"):
+        buffer = io.BytesIO()
+        Image.new(mode, (4, 4)).save(buffer, "PNG")
+        assert png.decode_rgb(buffer.getvalue()) is None
+    whole = png.encode_rgb(np.zeros((3, 4, 3), np.uint8))
+    interlaced = struct.pack(">IIBBBBB", 4, 3, 8, 2, 0, 0, 1)
+    assert png.decode_rgb(whole[:8] + chunk(b"IHDR", interlaced) + whole[33:]) is None
+    assert png.decode_rgb(b"") is None
+
+
+def test_a_damaged_photo_is_never_taken_for_a_good_one() -> None:
+    file = png.encode_rgb(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
+    assert png.decode_rgb(file) is not None
+    for stop in range(len(file)):
+        assert png.decode_rgb(file[:stop]) is None
+    for place in range(8, len(file)):
+        broken = bytearray(file)
+        broken[place] ^= 0x10
+        assert png.decode_rgb(bytes(broken)) is None
+
+
+@pytest.mark.parametrize("spoilt", ["without its sum", "too long", "too short"])
+def test_pixels_of_another_length_are_left_to_a_library(spoilt: str) -> None:
+    rows = bytes(4 * 7)  # four rows of a filter byte and two RGB pixels
+    packed = {
+        "without its sum": zlib.compress(rows)[:-4],
+        "too long": zlib.compress(rows + b"\0"),
+        "too short": zlib.compress(rows[:-1]),
+    }[spoilt]
+    header = struct.pack(">IIBBBBB", 2, 4, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    assert png.decode_rgb(start + chunk(b"IDAT", packed) + chunk(b"IEND", b"")) is None
+    assert png.decode_rgb(start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")) is not None
+
+
 def test_real_label_maps(shared_data: Callable[[str], Path]) -> None:
     for path in sorted(shared_data("data/camvid/valannot").glob("*.png"))[:20]:
         found = png.decode_labels(path.read_bytes())

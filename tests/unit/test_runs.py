@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from simulated_run import SimulatedRun
 
-from segbatch import schemas, tables
+from segbatch import schemas, shards, tables
 from segbatch.config import PlanConfig
-from segbatch.errors import ConfigError, EngineError, IncompleteRunError
+from segbatch.errors import ConfigError, EngineError, IncompleteRunError, StoppedError
 from segbatch.records import Outcome, PlanItem, ShardRef
 from segbatch.runs import Run, commit, committed, items_of
 
@@ -244,6 +245,60 @@ def test_log_is_written_in_bulk(run: Run) -> None:
     assert [json.loads(line)["shard"] for line in log.read_text().splitlines()] == [0, 1, 2]
 
 
+# -- many shards -----------------------------------------------------------------------------------------------------
+
+
+def test_a_long_run_costs_few_calls_and_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20,000 shards: each is made into an object once, the table is listed as often as it was with three."""
+    made = 0
+
+    class Counted(ShardRef):
+        def __init__(self, *arguments: object) -> None:
+            nonlocal made
+            made += 1
+            super().__init__(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "ShardRef", Counted)
+    lists = {}
+    for count in (3, 20_000):
+        simulated = SimulatedRun(tmp_path / str(count), count)
+        with simulated.patched():
+            simulated.limit, made = count // 2, 0
+            with pytest.raises(StoppedError):
+                simulated.carry_out()
+            assert made == count // 2 + 1  # the one that was not begun
+            again = SimulatedRun(tmp_path / str(count), count)
+            again.store.is_there = simulated.store.is_there
+        with again.patched():
+            made = 0
+            result = again.carry_out()
+        lists[count] = again.store.calls.pop("list")
+        assert (made, result.rows, result.state.rows_done) == (count - count // 2,) * 2 + (count,)
+        assert again.store.calls == {"work": count - count // 2}  # no footer is read: the logs tell all
+    assert lists[20_000] == lists[3] <= 4
+    logs = list((tmp_path / "20000" / ".segbatch" / "outcomes").iterdir())
+    assert len(logs) <= 20_000 // 256 + 4
+
+
+def test_what_the_logs_lack_is_read_from_footers_once(tmp_path: Path) -> None:
+    simulated = SimulatedRun(tmp_path, 1000)
+    simulated.store.is_there[:] = True
+    with simulated.patched():
+        result = simulated.carry_out()
+    assert (result.rows, result.state.rows_done) == (0, 1000)
+    assert simulated.store.calls["footer"] == 1000 and simulated.store.calls["work"] == 0
+
+
+def test_outcomes_of_a_newer_version_are_understood(run: Run) -> None:
+    for shard in run.missing():
+        work(run, shard, "truncated")
+    run.flush()
+    (log,) = (Path(run.root) / ".segbatch" / "outcomes").iterdir()
+    lines = [json.dumps({**json.loads(line), "news": 1}) for line in log.read_text().splitlines()]
+    log.write_text("\n".join(lines))
+    assert run.state().bad == 10
+
+
 # -- quarantine ------------------------------------------------------------------------------------------------------
 
 
@@ -257,3 +312,16 @@ def test_quarantine_holds_until_the_file_changes(run: Run) -> None:
     assert run.quarantine() == {"1.jpg": "it kills too", "5.jpg": "and so does this"}
     run.clear_quarantine()
     assert run.quarantine() == {}
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(100.0, 16), (1.0, 120), (0.001, 8192)])
+def test_later_plans_size_their_shards_by_what_rows_took(tmp_path: Path, seconds: float, rows: int) -> None:
+    first = Run(str(tmp_path), "masks")
+    first.plan(lambda: images(4), PlanConfig(shard_rows=2))
+    for shard in list(first.missing()):
+        first.record(commit(shard, writer_of(shard), {"total": seconds * shard.rows}))
+    first.flush()
+    first.plan(lambda: images(20_000), PlanConfig())
+    assert max(s.rows for s in first.missing()) == rows
+    first.plan(lambda: images(20_100), PlanConfig())  # a small one is still spread over some shards
+    assert max(s.rows for s in first.missing() if s.plan == 2) == min(rows, 16)
