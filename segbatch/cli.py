@@ -856,7 +856,8 @@ def _show_document(document: dict[str, Any]) -> None:
 
 def _run_json(result: "RunResult") -> dict[str, Any]:
     seconds = {"seconds": round(result.seconds, 3), "start_seconds": round(result.start_seconds, 3)}
-    return {**asdict(result.state), "rows_now": result.rows, "rows_copied": result.copied, **seconds}
+    counts = {"rows_now": result.rows, "rows_copied": result.copied}
+    return {**asdict(result.state), **counts, **seconds, "record": dict(result.record)}
 
 
 def _figure_json(figure: Any) -> dict[str, Any]:

@@ -101,8 +101,22 @@ class ExecutionConfig(Config):
     decode: Literal["full", "scaled"] = "full"
 
 
+class CostConfig(Config):
+    """What the machines cost; nothing here changes a result.
+
+    Attributes:
+        per_hour: price of all machines that a run uses together, for an hour; 0: unknown.
+        currency: of the price.
+    """
+
+    per_hour: float = Field(default=0.0, ge=0)
+    currency: str = "USD"
+
+
 class RunOptions(Config):
     """What ``--set`` reaches in the verbs that run shards."""
+
+    cost: CostConfig = CostConfig()
 
     plan: PlanConfig = PlanConfig()
     engine: EngineConfig = EngineConfig()

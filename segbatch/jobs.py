@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from segbatch import drivers, schemas, storage, tables
-from segbatch.config import EngineConfig, ExecutionConfig, RunOptions
+from segbatch import drivers, schemas, storage, tables, telemetry
+from segbatch.config import EngineConfig, ExecutionConfig, RunOptions, digest_of
 from segbatch.engine import Control, make
-from segbatch.errors import BadItemsError, ConfigError, StoppedError
+from segbatch.errors import BadItemsError, ConfigError, SegbatchError, StoppedError
 from segbatch.planning import Preview, changed_file, preview
 from segbatch.records import Figure, Outcome, PlanItem
 from segbatch.runs import Run, RunState, Task
 from segbatch.shards import Shards
+from segbatch.telemetry import Meter
 
 if TYPE_CHECKING:
     from segbatch.inference.options import InferenceOptions
@@ -76,6 +77,7 @@ class RunResult:
         start_seconds: wall time until a worker was ready: the engine's start and the model's load.
         figures: of an evaluation.
         copied: good rows that this call took over as they were, because others beside them were made anew.
+        record: what was measured, as it stands in the run root; empty where nothing was done.
     """
 
     state: RunState
@@ -84,6 +86,7 @@ class RunResult:
     start_seconds: float = 0.0
     figures: tuple[Figure, ...] = field(default_factory=tuple)
     copied: int = 0
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def root(self) -> str:
@@ -488,20 +491,54 @@ def _completed(
 ) -> RunResult:
     """Do what there is to do, and finish; ``done`` is what this call of the verb did before."""
     stop = threading.Event()
+    record: dict[str, Any] = {}
     try:
-        for todo in rounds:
-            if todo and not stop.is_set():
-                if job.settle is not None:
-                    job = replace(job, task=job.settle(run, todo, watch.say))
-                _work(run, job, todo, limits, options.engine, watch, stop, done)
-        result = done.result(run.finish())
+        try:
+            for todo in rounds:
+                if todo and not stop.is_set():
+                    if job.settle is not None:
+                        job = replace(job, task=job.settle(run, todo, watch.say))
+                    _work(run, job, todo, limits, options.engine, watch, stop, done)
+        except BaseException as error:
+            with contextlib.suppress(SegbatchError):  # a store that is gone must not hide why
+                record = _recorded(run, job, options, done, error)
+            raise
+        record = _recorded(run, job, options, done)
+        result = done.result(run.finish(), record)
         watch.say(_summary(result))
+        if line := done.meter.line(done.seconds):
+            watch.say(line)
         if stop.is_set():
             raise StoppedError(f"stopped after segbatch {job.verb} was done", "run the same command again to go on")
         _check_bad(result.state, limits)
     except BadItemsError as error:
-        raise BadRunError(error.problem, error.fix, done.result(run.state())) from error
+        raise BadRunError(error.problem, error.fix, done.result(run.state(), record)) from error
     return result
+
+
+def _recorded(
+    run: Run, job: Job, options: RunOptions, done: "_Done", error: BaseException | None = None
+) -> dict[str, Any]:
+    """The record of this call, written; empty where it found nothing to do."""
+    if not done.began:
+        return {}
+    hours = (done.seconds + done.start_seconds) / 3600
+    price, images = options.cost.per_hour * hours, done.meter.rows
+    record = {
+        "verb": job.verb,
+        "ended": "done" if error is None else f"{type(error).__name__}: {error}",
+        "config": digest_of(job.config),
+        "seconds": round(done.seconds, 3),
+        "start_seconds": round(done.start_seconds, 3),
+        **done.meter.to_json(done.seconds),
+        "quarantined_in_root": len(run.quarantine()),
+        "surroundings": telemetry.surroundings(),
+    }
+    if price and images:
+        record["cost_per_1000_images"] = round(1000 * price / images, 6)
+        record["currency"] = options.cost.currency
+    telemetry.write(run.root, record)
+    return record
 
 
 class _Beating:
@@ -535,9 +572,11 @@ class _Done:
     copied: int = 0
     seconds: float = 0.0
     start_seconds: float = 0.0
+    began: bool = False
+    meter: Meter = field(default_factory=Meter)
 
-    def result(self, state: RunState) -> RunResult:
-        return RunResult(state, self.rows, self.seconds, self.start_seconds, copied=self.copied)
+    def result(self, state: RunState, record: Mapping[str, Any] | None = None) -> RunResult:
+        return RunResult(state, self.rows, self.seconds, self.start_seconds, copied=self.copied, record=record or {})
 
 
 def _is_chosen(job: Job) -> bool:
@@ -592,6 +631,7 @@ def _work(
     done: _Done,
 ) -> None:
     """Map the shards, and add to ``done``."""
+    done.began = True
     kind = config.kind if config.kind != "auto" else _pick_engine(job, todo)
     if kind == "ray" and storage.is_private(run.root):
         raise ConfigError(f"{run.root} is in this process's memory, which actors cannot see", "use --engine inline")
@@ -605,6 +645,7 @@ def _work(
         on_quarantine=run.add_quarantine,
         on_ready=counts.ready,
         on_rows=counts.partial,
+        meter=done.meter,
     )
     try:
         with draining(control.stop, watch):
@@ -613,6 +654,7 @@ def _work(
                 for outcome in outcomes:
                     run.record(outcome)
                     counts.add(outcome)
+                    done.meter.add(outcome)
                     _check_outcome(run, outcome, limits)
     finally:
         counts.add_to(done)

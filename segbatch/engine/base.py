@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from segbatch.errors import EngineError, SegbatchError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task
+from segbatch.telemetry import Meter
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Control:
         on_quarantine: called with shard, sample id and reason when the engine finds a sample that kills its process.
         on_ready: called when a worker is open (its model loaded) and work can begin.
         on_rows: called about once a second with the rows finished in this map.
+        meter: takes what the engine measures.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
@@ -42,6 +44,7 @@ class Control:
     on_quarantine: Callable[[ShardRef, str, str], None] = _ignore_quarantine
     on_ready: Callable[[], None] = _ignore_ready
     on_rows: Callable[[int], None] = _ignore_rows
+    meter: Meter = field(default_factory=Meter)
 
 
 class Engine(Protocol):

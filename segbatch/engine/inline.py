@@ -36,7 +36,9 @@ class InlineEngine:
         first = next(stream, None)
         if first is None:
             return
-        worker = task.open(self._config.threads or os.cpu_count() or 1, NullJournal())
+        threads = self._config.threads or os.cpu_count() or 1
+        worker = task.open(threads, NullJournal())
+        control.meter.opened(threads)
         failures = Failures(self._config.attempts)
         waiting: deque[Future[Outcome | None]] = deque()
         with contextlib.closing(worker), ThreadPoolExecutor(_SHARDS_AT_A_TIME, "shard") as pool:
@@ -80,5 +82,6 @@ def _run(worker: Worker, shard: ShardRef, control: Control, failures: Failures) 
             ours = as_ours(error)
             if not worth_repeating(ours):
                 raise
+            control.meter.count("attempts failed")
             if not failures.again(shard, str(ours)):
                 return None

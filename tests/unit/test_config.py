@@ -37,11 +37,12 @@ def test_set_below_a_value() -> None:
     [
         (
             {"plan": {"shard_row": 3}},
-            "unknown key plan.shard_row; did you mean shard_rows? (known: shard_bytes, shard_rows, shard_seconds, usual_rows)",
+            "unknown key plan.shard_row; did you mean shard_rows? "
+            "(known: shard_bytes, shard_rows, shard_seconds, usual_rows)",
         ),
         ({"plan": {"shard_rows": -1}}, "plan.shard_rows = -1: Input should be greater than or equal to 0"),
         ({"engine": {"kind": "spark"}}, "engine.kind = 'spark'"),
-        ({"nonsense": 1}, "unknown key nonsense (known: engine, inference, plan)"),
+        ({"nonsense": 1}, "unknown key nonsense (known: cost, engine, inference, plan)"),
     ],
 )
 def test_wrong_keys_and_values(data: dict[str, object], says: str) -> None:

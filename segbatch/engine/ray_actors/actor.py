@@ -17,6 +17,7 @@ from segbatch.engine import journal
 from segbatch.engine.activity import Activity
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task, Worker, committed
+from segbatch.telemetry import usage
 from segbatch.version import __version__
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,13 @@ class Figures:
 
     Attributes:
         rows_done: rows finished so far.
+        cpu_s, peak_bytes: CPU seconds and greatest memory of its process.
         idle_s: by the number of each shard in flight, seconds since it did something.
     """
 
     rows_done: int
+    cpu_s: float
+    peak_bytes: int
     idle_s: Mapping[int, float]
 
 
@@ -119,7 +123,7 @@ class Actor:
 
     def figures(self) -> Figures:
         """How it gets on."""
-        return Figures(self._worker.rows_done, self._activity.idle_s())
+        return Figures(self._worker.rows_done, *usage(), self._activity.idle_s())
 
     def forget(self) -> None:
         """Remove the journal: the actor is about to end, and its death will be no riddle."""

@@ -19,6 +19,7 @@ from segbatch.engine.ray_actors import nodes
 from segbatch.engine.ray_actors.actor import Figures, Place
 from segbatch.engine.ray_actors.autopsy import Autopsies, Culprit, Death
 from segbatch.engine.ray_actors.errors import cause, last_line
+from segbatch.engine.ray_actors.exported import Exported
 from segbatch.engine.ray_actors.pool import Events, Pool, Running, Slot, when_done
 from segbatch.engine.schedule import Schedule
 from segbatch.errors import EngineError, SegbatchError, StoppedError
@@ -51,6 +52,7 @@ class Driver:
         self._tended = 0.0
         self._progress_at = time.monotonic()
         self._skip: tuple[int, Any] = (0, {})
+        self._exported = Exported()
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -95,6 +97,7 @@ class Driver:
         if now - self._tended < _TICK_S:
             return
         self._tended = now
+        self._exported.state(len(self._pool.slots), sum(len(s.running) for s in self._pool.slots))
         self._pool.follow_nodes()
         self._start_actors()
         self._ask_figures(now)
@@ -150,6 +153,7 @@ class Driver:
             if shard is None:
                 return
             log.warning("shard %d takes long and is begun a second time, %s", shard.number, slot.where)
+            self._control.meter.count("shards begun twice")
             self._run(slot, self._schedule.copy(shard))
 
     # -- what actors answer ------------------------------------------------------------------------------------
@@ -183,6 +187,8 @@ class Driver:
         slot.ready = True
         slot.told = slot.idle_since = time.monotonic()
         self._control.on_ready()
+        self._control.meter.count("actors started")
+        self._control.meter.opened(sum(s.ready for s in self._pool.slots) * self._pool.threads)
         self._bad_starts = 0
         self._feed(slot, self._config.in_flight)
 
@@ -212,6 +218,7 @@ class Driver:
             ours = cause(error)
             if self._schedule.is_open(shard.number) and not worth_repeating(ours):
                 raise ours from error
+            self._control.meter.count("attempts failed")
             self._schedule.failed(shard, str(ours), slot.where)
             self._feed_all()
             return
@@ -232,6 +239,7 @@ class Driver:
         self._rows += worked
         self._progress_at = now
         self._outcomes.append(outcome)
+        self._exported.add(outcome)
 
     # -- how actors get on -------------------------------------------------------------------------------------
 
@@ -248,6 +256,7 @@ class Driver:
 
     def _told(self, slot: Slot, figures: Figures) -> None:
         slot.asked, slot.told, slot.rows = None, time.monotonic(), figures.rows_done
+        self._control.meter.used(slot.name, figures.cpu_s, figures.peak_bytes)
         self._hung(slot, [n for n, idle in figures.idle_s.items() if idle > self._config.hang_s])
 
     def _open_on(self, slot: Slot) -> dict[int, ShardRef]:
@@ -305,6 +314,7 @@ class Driver:
     def _bury(self, slot: Slot, said: str, stuck: frozenset[int] = frozenset(), blameless: bool = False) -> None:
         """An actor died or is to be ended: find out why; until that is known its shards count as in flight."""
         self._pool.remove(slot)
+        self._control.meter.count("actors died")
         death = Death(slot, said, self._open_on(slot), stuck, blameless)
         for number, running in slot.running.items():
             if number not in death.shards:

@@ -70,6 +70,11 @@ class Slot:
     counted: int = 0
 
     @property
+    def name(self) -> str:
+        """Node and process."""
+        return f"{self.place.address}/{self.place.pid}" if self.place else ""
+
+    @property
     def where(self) -> str:
         """Node, process and log."""
         return str(self.place) if self.place else "before its process was up"
