@@ -15,10 +15,11 @@ import photos
 import pyarrow as pa
 import pytest
 import s3
-from conftest import PROJECT
 
 from segbatch import api, schemas, storage, tables
 from segbatch.config import RunOptions
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.long]
 

@@ -12,10 +12,11 @@ import chaos_doubles
 import doubles
 import photos
 import pytest
-from conftest import PROJECT
 
 from segbatch import api
 from segbatch.errors import ConfigError
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
 
 TESTS = PROJECT / "tests"
 POISON = "photo-0013.jpg"
