@@ -88,7 +88,7 @@ def test_the_fastest_that_agrees_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_does_not_agree_is_not_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     agrees = iter([execution.Agreement(9615, 10000)] * 2 + [execution.Agreement(10, 10)] * 2)
     monkeypatch.setattr(execution, "agreement", lambda a, b: next(agrees))
-    found = decide(tiny(), SOME, 10**6, wanted(engine="openvino"))
+    found = decide(tiny(), SOME[:2], 10**6, wanted(engine="openvino"))  # how many are looked at depends on the machine
     assert (found.engine, found.dtype) == ("openvino", "float32")
     assert "bfloat16 agrees on 96.15 % of pixels, less than 99 %: float32 is used" in found.said
 
