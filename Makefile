@@ -36,14 +36,22 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-unit: install
-	$(BIN)/pytest tests/unit tests/contract tests/golden -m "not ray and not flows and not s3 and not slow and not long" --numprocesses auto --hypothesis-profile quick
+# Thousands of small files: in memory where there is room for them.
+RAM := $(shell test "$$(df -m --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 2000 2>/dev/null && echo TMPDIR=/dev/shm)
+PARALLEL := $(RAM) $(BIN)/pytest --numprocesses auto
+SERVERS := ray or flows or s3
 
+unit: install
+	$(PARALLEL) tests/unit tests/contract tests/golden -m "not ($(SERVERS) or slow or long)" --hypothesis-profile quick
+
+# First what needs no server, in parallel; then one Ray, one Prefect and one S3 server for all the rest.
 test: install $(S3_STAMP)
-	$(BIN)/pytest tests -m "not slow"
+	$(PARALLEL) tests -m "not ($(SERVERS) or slow)"
+	$(BIN)/pytest tests -m "($(SERVERS)) and not slow"
 
 test-all: install $(S3_STAMP)
-	$(BIN)/pytest tests
+	$(PARALLEL) tests -m "not ($(SERVERS) or slow)"
+	$(BIN)/pytest tests -m "$(SERVERS) or slow"
 
 bench: install
 	$(BIN)/python tests/bench/run.py

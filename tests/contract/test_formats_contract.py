@@ -283,6 +283,7 @@ def test_odd_ids_come_back_or_are_refused_by_name(form: str, start: int, samples
         same(form, t, m)
 
 
+@pytest.mark.long
 def test_no_id_leads_out_of_the_folder(form: str, samples: str, tmp_path: Path) -> None:
     for number, name in enumerate(EVIL):
         evil = renamed(samples, tmp_path / "evil", [name])
@@ -342,6 +343,7 @@ def without(samples: str, out: Path, gone: str) -> str:
     return derived(samples, out, lambda rows: [r for r in rows if ids_of([r]) != [gone]])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
 def test_a_prediction_for_an_unknown_image_is_refused(form: str, place: int, samples: str, tmp_path: Path) -> None:
     needs_import(form)

@@ -62,6 +62,7 @@ def test_describe_and_load_agree(trained: ModelSource) -> None:
     assert spec.digest and [c.label_id for c in spec.classes.classes] == things
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(16, 24), (1, 1), (7, 50)])
 def test_it_predicts_for_any_size(trained: ModelSource, size: tuple[int, int]) -> None:
     predictor = Predictor(trained.load(1), 2)

@@ -580,6 +580,7 @@ def compressible(size: int) -> bytes:
     return b"".join(draw.randbytes(draw.randrange(9)) * draw.randrange(1, 9) for _ in range(size // 18))[:size]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streams", [1, 3, 400])
 @pytest.mark.parametrize("points", [4, 2048])
 def test_random_access_to_gzip(streams: int, points: int, monkeypatch: pytest.MonkeyPatch) -> None:

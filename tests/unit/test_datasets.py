@@ -338,6 +338,7 @@ class TestDrawnShelves:
         assert pixels[:5].min() > 0.04 and 0 < pixels[5] < 0.05
         assert all({0, 1, 2, 3} <= set(np.unique(m).tolist()) for m in maps)
 
+    @pytest.mark.long
     def test_the_same_seed_draws_the_same_bytes_and_more_photos_leave_the_first_alone(
         self, tree: Path, tmp_path: Path
     ) -> None:

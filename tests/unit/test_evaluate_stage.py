@@ -149,6 +149,7 @@ def confusion_of(tmp: Path) -> dict[tuple[int, int], int]:
     return dict(zip(keys, column(tmp, "confusion", "pixels"), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["zip", "zip-small-shards", "footer-but-shuffled", "join", "join-sorted"])
 def test_counts_are_the_same_however_masks_and_samples_meet(tmp_path: Path, order: str) -> None:
     truth = random_items(150, 0)

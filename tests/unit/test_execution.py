@@ -74,6 +74,7 @@ def test_little_work_is_not_measured() -> None:
     assert found.plain and not found.trials and "100 photos take" in found.why
 
 
+@pytest.mark.long
 def test_the_fastest_that_agrees_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 1.0, 0.25, 0.5])  # of one photo, then float32 in torch, OpenVINO in bfloat16 and float32
     monkeypatch.setattr(execution, "_seconds", lambda run: next(times) * len(SOME[:2]))
@@ -180,6 +181,7 @@ def test_on_a_gpu_the_fastest_format_that_agrees_is_taken(monkeypatch: pytest.Mo
 # -- applying --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["openvino", "eager"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_labels_are_those_of_torch(engine: Any, dtype: Any) -> None:

@@ -264,6 +264,7 @@ def test_published_quality_of_a_match_and_a_false_one() -> None:
 # -- properties ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_partition_in_any_order_gives_the_same_bits(data: st.DataObject) -> None:

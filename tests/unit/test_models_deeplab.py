@@ -61,6 +61,7 @@ def test_the_full_backbone_is_timms_own() -> None:
     assert {k.removeprefix("model."): v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
+@pytest.mark.long
 def test_the_work_is_as_published() -> None:
     assert check.multiply_adds(full(), (513, 513)) / 1e9 == pytest.approx(54.17, rel=0.01)
     assert check.multiply_adds(full(), (1025, 2049)) / 1e9 == pytest.approx(418.64, rel=0.01)

@@ -116,6 +116,7 @@ def test_four_files_of_one_network_give_the_same_labels(four: dict[str, str]) ->
     agree(four, [photo(61, 83), photo(64, 40, 1), photo(61, 83, 2), photo(33, 120, 3), photo(61, 83, 4)])
 
 
+@pytest.mark.long
 def test_four_files_give_the_same_labels_on_real_photos(
     four: dict[str, str], shared_data: Callable[[str], Path]
 ) -> None:
@@ -562,6 +563,7 @@ def everything() -> bytes:
     return exported(Everything(), torch.rand(2, 3, 32, 48), free)
 
 
+@pytest.mark.long
 def test_a_program_gives_what_torch_gives(everything: bytes) -> None:
     program = pt2_program.Program(pt2_program.Archive(everything, "test"))
     theirs = torch.export.load(io.BytesIO(everything)).module()

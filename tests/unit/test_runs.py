@@ -248,6 +248,7 @@ def test_log_is_written_in_bulk(run: Run) -> None:
 # -- many shards -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_long_run_costs_few_calls_and_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 20,000 shards: each is made into an object once, the table is listed as often as it was with three."""
     made = 0
@@ -314,6 +315,7 @@ def test_quarantine_holds_until_the_file_changes(run: Run) -> None:
     assert run.quarantine() == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("seconds", "rows"), [(100.0, 16), (1.0, 120), (0.001, 8192)])
 def test_later_plans_size_their_shards_by_what_rows_took(tmp_path: Path, seconds: float, rows: int) -> None:
     first = Run(str(tmp_path), "masks")

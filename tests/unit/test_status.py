@@ -115,6 +115,7 @@ def test_a_store_that_refuses_the_heartbeat_does_not_stop_the_work(
     assert files(tmp_path) == []
 
 
+@pytest.mark.long
 def test_status_of_a_run_at_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = photos.folder(tmp_path / "in", 8), tmp_path / "out"
     arguments = (SlowModel(seconds=0.3), str(source), str(out))

@@ -409,6 +409,7 @@ class TestLoop:
         record = json.loads((tmp_path / "out" / "model.json").read_text())
         assert [c["name"] for c in record["classes"]] == (["bright"] if task == "instance" else ["dark", "bright"])
 
+    @pytest.mark.long
     def test_an_interrupted_training_ends_as_an_uninterrupted_one(self, tmp_path: Path, task: Task) -> None:
         root = toy.toy_things(tmp_path / "data")
         changes = {"val_split": "val", "val_every_epochs": 4, "optim__epochs": 6}
