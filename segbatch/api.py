@@ -9,7 +9,7 @@ import inspect
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from segbatch import schemas, storage, tables
@@ -234,7 +234,7 @@ def evaluate(
     figures = stage.finish(
         job.out, c["masks"], c["samples"], c["protocol"], missing, options=metric or DEFAULTS, analysis=analysis
     )
-    return RunResult(result.state, result.rows, result.seconds, result.start_seconds, tuple(figures.figures))
+    return replace(result, figures=tuple(figures.figures))
 
 
 def compare(

@@ -450,20 +450,20 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
 
 def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, failed: bool = False) -> RunResult:
     """Open the root, plan what is new, do what is missing (or redo what failed), finish."""
-    run, listing = _opened(job)
+    run, listing = opened(job)
     with drivers.beating(run.root, job.verb) as heartbeat:
-        beating = _Beating(watch, heartbeat)
-        return _completed(run, job, _planned(run, job, listing, options, failed), limits, options, beating, _Done())
+        beating = Beating(watch, heartbeat)
+        return completed(run, job, planned(run, job, listing, options, failed), limits, options, beating, Done())
 
 
-def _opened(job: Job) -> tuple[Run, Callable[[], Iterable[PlanItem]]]:
+def opened(job: Job) -> tuple[Run, Callable[[], Iterable[PlanItem]]]:
     """The job's run, and its listing."""
     is_new = Run(job.out, job.table).document() is None
     listing = _begun(job) if is_new else job.listing  # a wrong input must not claim the root
     return Run.open(job.out, job.table, job.verb, job.config), listing
 
 
-def _planned(
+def planned(
     run: Run, job: Job, listing: Callable[[], Iterable[PlanItem]], options: RunOptions, failed: bool = False
 ) -> Iterator[Shards]:
     """Plan what is new; gives what there is to do, until nothing is."""
@@ -480,14 +480,14 @@ def _planned(
     return rounds
 
 
-def _completed(
+def completed(
     run: Run,
     job: Job,
     rounds: Iterable[Shards],
     limits: Limits,
     options: RunOptions,
     watch: Watch,
-    done: "_Done",
+    done: "Done",
 ) -> RunResult:
     """Do what there is to do, and finish; ``done`` is what this call of the verb did before."""
     stop = threading.Event()
@@ -498,7 +498,7 @@ def _completed(
                 if todo and not stop.is_set():
                     if job.settle is not None:
                         job = replace(job, task=job.settle(run, todo, watch.say))
-                    _work(run, job, todo, limits, options.engine, watch, stop, done)
+                    work(run, job, todo, limits, options.engine, watch, stop, done)
         except BaseException as error:
             with contextlib.suppress(SegbatchError):  # a store that is gone must not hide why
                 record = _recorded(run, job, options, done, error)
@@ -517,7 +517,7 @@ def _completed(
 
 
 def _recorded(
-    run: Run, job: Job, options: RunOptions, done: "_Done", error: BaseException | None = None
+    run: Run, job: Job, options: RunOptions, done: "Done", error: BaseException | None = None
 ) -> dict[str, Any]:
     """The record of this call, written; empty where it found nothing to do."""
     if not done.began:
@@ -541,7 +541,7 @@ def _recorded(
     return record
 
 
-class _Beating:
+class Beating:
     """A Watch that tells the driver's heartbeat, too."""
 
     def __init__(self, watch: Watch, heartbeat: drivers.Heartbeat) -> None:
@@ -565,7 +565,7 @@ class _Beating:
 
 
 @dataclass(slots=True)
-class _Done:
+class Done:
     """What a call of a verb did so far; see ``RunResult``."""
 
     rows: int = 0
@@ -576,6 +576,7 @@ class _Done:
     meter: Meter = field(default_factory=Meter)
 
     def result(self, state: RunState, record: Mapping[str, Any] | None = None) -> RunResult:
+        """As the verb gives it."""
         return RunResult(state, self.rows, self.seconds, self.start_seconds, copied=self.copied, record=record or {})
 
 
@@ -620,7 +621,7 @@ def _rounds(run: Run, adopted: bool) -> Iterator[Shards]:
         yield todo.from_place(random.randrange(len(todo)) if adopted else 0)
 
 
-def _work(
+def work(
     run: Run,
     job: Job,
     todo: Shards,
@@ -628,7 +629,7 @@ def _work(
     config: EngineConfig,
     watch: Watch,
     stop: threading.Event,
-    done: _Done,
+    done: Done,
 ) -> None:
     """Map the shards, and add to ``done``."""
     done.began = True
@@ -702,7 +703,7 @@ class _Counts:
             self._ready = time.monotonic()
             self._watch.begin(self._what, self._total)
 
-    def add_to(self, done: _Done) -> None:
+    def add_to(self, done: Done) -> None:
         """Rows of this driver, seconds of work, and seconds before it (engine's start, model load)."""
         ready = self._ready if self._ready is not None else self._began
         done.rows, done.copied = done.rows + self._own, done.copied + self._copied

@@ -20,7 +20,7 @@ from segbatch import drivers, storage
 from segbatch.config import RunOptions
 from segbatch.drivers import Heartbeat
 from segbatch.errors import ConfigError, SegbatchError
-from segbatch.jobs import Job, Limits, RunResult, Watch, _Beating, _completed, _Done, _opened, _planned, _work
+from segbatch.jobs import Beating, Done, Job, Limits, RunResult, Watch, completed, opened, planned, work
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Run
 from segbatch.shards import Shards
@@ -102,7 +102,7 @@ class _Runs(Run):
     """The roots of one pass as one run: what a driver tells it goes to the root that it is about."""
 
     def __init__(
-        self, root: str, runs: Mapping[str, Run], done: Mapping[str, _Done], beats: Mapping[str, Heartbeat]
+        self, root: str, runs: Mapping[str, Run], done: Mapping[str, Done], beats: Mapping[str, Heartbeat]
     ) -> None:
         super().__init__(root, "masks")
         self._runs, self._done, self._beats = runs, done, beats
@@ -118,17 +118,20 @@ class _Runs(Run):
         for alias, count in rows.items():
             self._beats[alias].begin(count)
 
-    def end(self, total: _Done) -> None:
-        """It has ended; every model took its time."""
+    def end(self, total: Done) -> None:
+        """It has ended; every model took its time, and the same processes."""
         for alias, done in self._done.items():
             self._beats[alias].end()
             done.seconds, done.start_seconds = total.seconds, total.start_seconds
+            done.meter.was_part_of(total.meter)
+            done.began = done.meter.shards > 0
 
     def record(self, outcome: Outcome) -> None:
         """See ``Run``."""
         for alias, member in cast(ManyOutcome, outcome).members:
             if not member.committed_by_other:
                 self._done[alias].rows += member.rows
+            self._done[alias].meter.add(member)
             self._bad[alias] += member.bad
             self._beats[alias].advance(self._done[alias].rows, self._bad[alias])
             self._runs[alias].record(member)
@@ -178,13 +181,13 @@ def carry_out_together(
         runs: dict[str, Run] = {}
         rounds: dict[str, Iterator[Shards]] = {}
         beats: dict[str, Heartbeat] = {}
-        done = {alias: _Done() for alias in jobs}
+        done = {alias: Done() for alias in jobs}
         for alias, job in jobs.items():
-            runs[alias], listing = _opened(job)
+            runs[alias], listing = opened(job)
             beats[alias] = stack.enter_context(drivers.beating(runs[alias].root, job.verb))
-            rounds[alias] = _planned(runs[alias], job, listing, options)
+            rounds[alias] = planned(runs[alias], job, listing, options)
         _shared(jobs, _Runs(root, runs, done, beats), limits, options, watch)
-        watches = {alias: _Beating(watch, beat) for alias, beat in beats.items()}
+        watches = {alias: Beating(watch, beat) for alias, beat in beats.items()}
         return _finished(jobs, runs, rounds, limits, options, watches, done)
 
 
@@ -200,9 +203,9 @@ def _shared(jobs: Mapping[str, Job], runs: "_Runs", limits: Limits, options: Run
         tasks[alias] = settle(runs.members[alias], lacking[alias], watch.say) if settle else jobs[alias].task
     job = replace(next(iter(jobs.values())), out=runs.root, task=PredictManyTask(tasks), settle=None)
     runs.begin({alias: lacking[alias].rows for alias in tasks})
-    total = _Done()
+    total = Done()
     try:
-        _work(runs, job, cast(Shards, together), limits, options.engine, watch, threading.Event(), total)
+        work(runs, job, cast(Shards, together), limits, options.engine, watch, threading.Event(), total)
     finally:
         runs.end(total)
 
@@ -214,7 +217,7 @@ def _finished(
     limits: Limits,
     options: RunOptions,
     watches: Mapping[str, Watch],
-    done: Mapping[str, _Done],
+    done: Mapping[str, Done],
 ) -> dict[str, RunResult]:
     """What is left of each root, then its end; an error of one waits until all are finished."""
     results: dict[str, RunResult] = {}
@@ -222,7 +225,7 @@ def _finished(
     for alias, job in jobs.items():
         watches[alias].say(f"{alias}:")
         try:
-            results[alias] = _completed(runs[alias], job, rounds[alias], limits, options, watches[alias], done[alias])
+            results[alias] = completed(runs[alias], job, rounds[alias], limits, options, watches[alias], done[alias])
         except SegbatchError as error:
             errors.append(error)
     if errors:

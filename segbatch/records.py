@@ -156,7 +156,8 @@ class Outcome:
         issues: complaints about annotations of rows that are good all the same, by code.
         copied: good rows that were taken over from the result that was there.
         bytes_out: size of the result file.
-        seconds: wall time by stage (``decode``, ``model``, ``encode``, ``write``), and ``total``.
+        seconds: by stage, over all threads (``read``, ``decode``, ``model``, ``count``, ``encode``, ``write``), and
+            ``total`` wall time.
         committed_by_other: another driver had committed the same shard first.
         etag: version tag of the result file, so that a later overwrite makes this outcome void.
     """

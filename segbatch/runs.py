@@ -10,6 +10,7 @@ import datetime
 import itertools
 import json
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -492,6 +493,7 @@ def commit(
         EngineError: the rows are not those that were planned, or the key holds something else.
         StorageError: it cannot be written.
     """
+    began = time.perf_counter()
     if writer.rows != shard.rows:
         raise EngineError(f"shard {shard.number}: {writer.rows} rows instead of {shard.rows}", "please report this")
     footer = {
@@ -507,7 +509,8 @@ def commit(
         "segbatch.seconds": json.dumps({k: round(v, 4) for k, v in seconds.items()}),
         **(extra or {}),
     }
-    return _publish(shard, writer.finish(footer), footer, basis)
+    outcome = _publish(shard, writer.finish(footer), footer, basis)
+    return replace(outcome, seconds={**outcome.seconds, "write": time.perf_counter() - began})
 
 
 def _publish(shard: ShardRef, data: bytes, footer: Mapping[str, str], basis: str) -> Outcome:

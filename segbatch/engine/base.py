@@ -79,6 +79,11 @@ class UsesGpu(Protocol):
         ...
 
 
+def uses_gpu(task: Task) -> bool:
+    """Whether the workers of a task compute on a GPU."""
+    return isinstance(task, UsesGpu) and task.uses_gpu
+
+
 class Failures:
     """Counts the failed attempts of each shard; the rules are the same for every engine."""
 

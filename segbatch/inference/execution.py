@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from segbatch.codecs import rle
 from segbatch.config import ExecutionConfig
 from segbatch.errors import ConfigError, DataError
-from segbatch.inference.pipeline import Predictor, Prepared, auto_batch_size
+from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_size
 from segbatch.models.base import Segmenter
 from segbatch.models.parts import parts_of
 from segbatch.records import Prediction
@@ -40,8 +40,6 @@ _WORTH_COMPILING_S = 1200.0
 """Likewise below which torch.compile is not tried: 10 to 40 s for each shape, in each worker."""
 _PASS_S = 0.8
 """CPU seconds that float32 may take over the photos: so many of them are looked at, but two at least."""
-_BUDGET_S = 4.0
-"""CPU seconds after which no further candidate is tried once there is one that will do."""
 _PASSES = 3
 _GPU_PHOTOS = 4
 _MIN_SCORE = 0.5
@@ -452,8 +450,10 @@ class _Calibration:
                 continue  # a row that will be bad; there are others
         if not prepared:
             raise ConfigError("none of the first photos can be fed to the model", "give --dtype float32")
-        seconds = _seconds(lambda: self._predictor.forward(prepared[:1]))
-        count = min(max(int(_PASS_S / max(seconds, 1e-3)), 2), MAX_CALIBRATION_PHOTOS, len(prepared))
+        began = time.process_time()
+        self._predictor.forward(prepared[:1])
+        cold = time.process_time() - began
+        count = min(max(int(_PASS_S / max(cold, 1e-3)), 2), MAX_CALIBRATION_PHOTOS, len(prepared))
         self._prepared = prepared[:count]
         with engines.listening(self._parts, engines.shapes_of) as seen:
             trial = self._tried("eager", "float32")
@@ -462,11 +462,9 @@ class _Calibration:
         return trial
 
     def _try_all(self, ways: Sequence[tuple[Engine, Dtype]], plain: Trial, asked: bool) -> None:
-        began = time.process_time()
         for engine, dtype in ways:
-            late = time.process_time() - began > _BUDGET_S
-            if (late or engine != "openvino") and not asked and any(self._will_do(t) for t in self._trials[1:]):
-                continue  # torch's own ways have not been faster than OpenVINO's
+            if not asked and any(self._will_do(t) and t.seconds < plain.seconds for t in self._trials[1:]):
+                break  # what comes next was never found to be much faster than what comes before
             if engine == "inductor" and self._wanted.engine == "auto" and not self._worth_compiling(plain):
                 continue
             self._undo()
@@ -482,6 +480,7 @@ class _Calibration:
         way = Execution(engine=engine, dtype=dtype, usual=tuple(self._usual.items()))
         try:
             _replaced(self._segmenter, way, 1, lambda: self._prepared[0])
+            self._predictor.forward(self._prepared[:1])  # compiles, and fills caches
             self._tried(engine, dtype)
         except (CannotConvertError, *_RUNNING) as error:
             said = str(error).strip().splitlines()
@@ -492,9 +491,14 @@ class _Calibration:
             part.replace(module)
 
     def _tried(self, engine: Engine, dtype: Dtype) -> Trial:
-        """Run the photos as the segmenter computes now; the first run is the reference."""
-        run = functools.partial(self._predictor.forward, self._prepared)
-        predictions = [self._predictor.finish(r) for r in run()]
+        """Run the photos as the segmenter computes now, which is warm; the first way is the reference."""
+        said: list[Raw] = []
+
+        def run() -> None:
+            said[:] = self._predictor.forward(self._prepared)
+
+        seconds = _seconds(run)
+        predictions = [self._predictor.finish(raw) for raw in said]
         same: float | None = 1.0
         if self._reference:
             found = [agreement(a, b) for a, b in zip(self._reference, predictions, strict=True)]
@@ -502,7 +506,7 @@ class _Calibration:
             same = sum(f.same for f in found) / self._pixels if self._pixels else None
         else:
             self._reference = predictions
-        trial = Trial(engine, dtype, _seconds(run) / len(self._prepared), same)
+        trial = Trial(engine, dtype, seconds / len(self._prepared), same)
         self._trials.append(trial)
         return trial
 
@@ -559,7 +563,7 @@ class _Calibration:
 
 
 def _seconds(run: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """Seconds of a run by a clock: the best of some runs, which are warm after the first."""
+    """Seconds of a run by a clock: the best of some runs, of one where that takes long."""
     best, spent = math.inf, 0.0
     for _ in range(_PASSES):
         began = clock()

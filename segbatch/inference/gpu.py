@@ -514,12 +514,16 @@ class GpuSampler:
             self._thread.start()
 
     def stop(self) -> GpuUse | None:
-        """What was seen; None without NVML, or a GPU, or a single look."""
+        """What was seen, see ``use``; it looks no more."""
         self._stopped.set()
         if self._handle is None:
             return None
         self._thread.join()
         self._nvml.nvmlShutdown()
+        return self.use()
+
+    def use(self) -> GpuUse | None:
+        """What was seen so far; None without NVML, or a GPU, or a single look."""
         if not self._busy:
             return None
         return GpuUse(self._name, sum(self._busy) / len(self._busy), self._memory, len(self._busy))

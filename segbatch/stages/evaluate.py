@@ -7,7 +7,6 @@ decoded: counts come straight from the runs.
 import hashlib
 import itertools
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.stages import join, relabel
 from segbatch.stages.evaluate_finish import Summary, finish
 from segbatch.stages.join import NO_LABEL, PREDICTION_FAILED, QUARANTINED, UNKNOWN_SAMPLE
+from segbatch.stages.stopwatch import Stopwatch
 from segbatch.storage import ObjectInfo
 
 __all__ = ["EvaluateTask", "EvaluateWorker", "Summary", "finish", "items"]
@@ -127,13 +127,14 @@ class EvaluateWorker:
 
     def run(self, shard: ShardRef, skip: Mapping[str, str]) -> Outcome:
         """State rows of every mask in the shard's parts, in their order; then commit."""
-        began = time.perf_counter()
+        watch = Stopwatch()
         slot = f"evaluate-{threading.get_ident()}"
         writer = tables.PartWriter("state")
-        for counted in self._counted(shard, slot, skip):
-            writer.write(counted)
+        for counted in self._counted(shard, slot, skip, watch):
+            with watch.measured("encode"):
+                writer.write(counted)
         self._journal.clear(slot)
-        return runs.commit(shard, writer, {"total": time.perf_counter() - began})
+        return runs.commit(shard, writer, watch.seconds())
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Count one sample of the shard, and write nothing."""
@@ -143,14 +144,17 @@ class EvaluateWorker:
                     if name == sample_id:
                         self._rows(relabel.relabelled(masks.slice(i, 1), self._ids), [truth[i]], {})
 
-    def _counted(self, shard: ShardRef, slot: str, skip: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
+    def _counted(
+        self, shard: ShardRef, slot: str, skip: Mapping[str, str], watch: Stopwatch
+    ) -> Iterator[pa.RecordBatch]:
         """State rows of the shard; those of a group together, where the metric folds groups."""
         for item in runs.items_of(shard):
             waiting: list[_Counted] = []
-            for found, truth in self._join.matched(item):
-                masks = relabel.relabelled(found, self._ids)
-                self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
-                rows = self._rows(masks, truth, skip)
+            for found, truth in watch.each("read", self._join.matched(item)):
+                with watch.measured("count"):
+                    masks = relabel.relabelled(found, self._ids)
+                    self._journal.note(slot, shard.number, masks.column("sample_id").to_pylist())
+                    rows = self._rows(masks, truth, skip)
                 with self._lock:
                     self._rows_done += len(rows)
                 if not isinstance(self._metric, FoldsGroups):

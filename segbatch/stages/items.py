@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from segbatch.errors import DataError, EngineError, SegbatchError, StorageError
 from segbatch.records import OK, Outcome, PlanItem, ShardRef
 from segbatch.runs import Journal, commit, items_of
 from segbatch.stages.allocator import keep_freed_pages
+from segbatch.stages.stopwatch import Stopwatch
 
 QUARANTINED = "quarantined"
 """Status of a sample that killed its process."""
@@ -76,20 +76,17 @@ class ItemWorker(Generic[R]):
 
         With mode ``retry`` good rows of the part that is there are copied, so that only bad items are read again.
         """
-        started = time.perf_counter()
+        watch = Stopwatch()
         writer = tables.PartWriter(shard.table)
-        seconds = {"decode": 0.0, "encode": 0.0}
         items = items_of(shard)
         there = storage.stat(shard.uri) if shard.mode == "retry" else None
         copied: list[int] = []
-        arguments = shard, items, skip, seconds
+        arguments = shard, items, skip, watch
         for batch in self._fresh(*arguments) if there is None else self._redone(*arguments, copied):
-            began = time.perf_counter()
-            writer.write(batch)
-            seconds["encode"] += time.perf_counter() - began
-        seconds["total"] = time.perf_counter() - started
+            with watch.measured("encode"):
+                writer.write(batch)
         basis = there.etag if there is not None else ""
-        return commit(shard, writer, seconds, basis=basis, copied=sum(copied))
+        return commit(shard, writer, watch.seconds(), basis=basis, copied=sum(copied))
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Read one item and make its rows, without writing; see ``runs.Worker``."""
@@ -103,26 +100,21 @@ class ItemWorker(Generic[R]):
         self._pool.shutdown(cancel_futures=True)
 
     def _fresh(
-        self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str], seconds: dict[str, float]
+        self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str], watch: Stopwatch
     ) -> Iterator[pa.RecordBatch]:
-        rows = self._rows(shard, items, skip)
-        began = time.perf_counter()
-        for group in grouped(rows, self._source.weight):
-            read = time.perf_counter()
-            batch = self._source.batch(group)
-            seconds["decode"] += read - began
-            seconds["encode"] += time.perf_counter() - read
+        for group in grouped(self._rows(shard, items, skip, watch), self._source.weight):
+            with watch.measured("encode"):
+                batch = self._source.batch(group)
             with self._lock:
                 self._rows_done += batch.num_rows
             yield batch
-            began = time.perf_counter()
 
     def _redone(
         self,
         shard: ShardRef,
         items: Sequence[PlanItem],
         skip: Mapping[str, str],
-        seconds: dict[str, float],
+        watch: Stopwatch,
         copied: list[int],
     ) -> Iterator[pa.RecordBatch]:
         """The part that is there, its bad items read again: all rows of a volume where one is bad.
@@ -137,9 +129,11 @@ class ItemWorker(Generic[R]):
                 copied.append(rows.num_rows)
                 yield rows.select(schemas.TABLES[shard.table].names)
             elif members:
-                yield from self._fresh(shard, members, skip, seconds)
+                yield from self._fresh(shard, members, skip, watch)
 
-    def _rows(self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str]) -> Iterator[R]:
+    def _rows(
+        self, shard: ShardRef, items: Iterable[PlanItem], skip: Mapping[str, str], watch: Stopwatch
+    ) -> Iterator[R]:
         """Rows in the order of ``items``.
 
         Read ahead are 32 MB, but at least two items a thread; of a volume there is one slice at a time.
@@ -153,9 +147,9 @@ class ItemWorker(Generic[R]):
                     held -= size
                     yield from rows.result()
                 if item.rows > 1:
-                    yield from self._rows_of(shard, item, skip)
+                    yield from watch.each("read", self._rows_of(shard, item, skip))
                 else:
-                    waiting.append((self._pool.submit(self._row_list, shard, item, skip), item.bytes))
+                    waiting.append((self._pool.submit(self._row_list, shard, item, skip, watch), item.bytes))
                     held += item.bytes
             while waiting:
                 yield from waiting.popleft()[0].result()
@@ -163,8 +157,9 @@ class ItemWorker(Generic[R]):
             for future, _ in waiting:
                 future.cancel()
 
-    def _row_list(self, shard: ShardRef, item: PlanItem, skip: Mapping[str, str]) -> list[R]:
-        return list(self._rows_of(shard, item, skip))
+    def _row_list(self, shard: ShardRef, item: PlanItem, skip: Mapping[str, str], watch: Stopwatch) -> list[R]:
+        with watch.measured("read"):
+            return list(self._rows_of(shard, item, skip))
 
     def _rows_of(self, shard: ShardRef, item: PlanItem, skip: Mapping[str, str]) -> Iterator[R]:
         """The ``item.rows`` rows of an item, those that cannot be read with a reason."""

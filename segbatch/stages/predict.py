@@ -42,9 +42,9 @@ from segbatch.stages.mask_rows import MaskRow, masks_batch
 _MODEL_ERRORS = (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
 T = TypeVar("T")
 
-_ROWS_PER_BATCH = 64
-_READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
-_PHOTOS_AHEAD = 32  # bytes that wait for a codec thread
+ROWS_PER_BATCH = 64
+READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
+PHOTOS_AHEAD = 32  # bytes that wait for a codec thread
 _CHUNK = 4  # photos that go through the threads together: fewer hand-overs, while little waits
 _ONE_SIZE = ("stretch", "letterbox")  # ways of resizing after which all photos have one shape
 _SPAN = 32  # batches' worth of photos among which others of the same shape are sought; COCO's sizes fill 4 of 5 places
@@ -52,7 +52,7 @@ _WAITING_BYTES = 256 << 20  # of decoded photos that wait for others of their sh
 
 
 @dataclass(slots=True)
-class _Row:
+class PhotoRow:
     """One output row in the making; ``prepared`` is dropped as soon as the model has seen it."""
 
     photo: Input
@@ -76,12 +76,12 @@ class _Row:
         self.data = self.prepared = self.raw = self.prediction = None
 
 
-def _shape(row: _Row) -> tuple[int, ...] | None:
+def _shape(row: PhotoRow) -> tuple[int, ...] | None:
     """What a batch has in common; None for a row that the model will not see."""
     return None if row.prepared is None else row.prepared.tensor.shape
 
 
-_KIND: Kind[_Row] = Kind(_shape, lambda row: row.prepared.tensor.nbytes if row.prepared else 0)
+_KIND: Kind[PhotoRow] = Kind(_shape, lambda row: row.prepared.tensor.nbytes if row.prepared else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,11 @@ class PredictTask:
         decided = settled(run, todo, self.model, self.wanted, self.max_pixels, say)
         return replace(self, execution=decided)
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether the model computes on a GPU."""
+        return self.execution is not None and self.execution.device == "cuda"
+
     def open(self, threads: int, journal: Journal) -> "PredictWorker":
         """Load the model."""
         return PredictWorker(self, threads, journal)
@@ -132,15 +137,16 @@ class PredictWorker:
         segmenter = apply(segmenter, decided, threads)
         batch_size = task.batch_size or decided.batch_size or auto_batch_size(segmenter.spec)
         self._predictor = Predictor(segmenter, batch_size)
-        self._slices = segmenter.spec.input.slices
-        self._chunk = max(batch_size, _CHUNK)
-        self._digest = segmenter.spec.digest
+        # a pass of several models (``predict_many``) reads these, and gives them all one decoder
+        self.slices = segmenter.spec.input.slices
+        self.chunk = max(batch_size, _CHUNK)
+        self.digest = segmenter.spec.digest
         self._max_pixels = task.max_pixels
         self._fed = fed_of(segmenter.spec.input) if task.wanted.decode == "scaled" else None
-        self.decoder: Decoder = decoded  # several models may share one; see ``predict_many``
+        self.decoder: Decoder = decoded
         self._journal = journal
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._window = threads + 1
         self._rows_done = 0
         self._count_lock = threading.Lock()
@@ -164,17 +170,17 @@ class PredictWorker:
         items = items_of(shard)
         there = storage.stat(shard.uri) if shard.mode != "create" else None
         copied: list[int] = []
-        arguments = shard, inputs(items, self._slices), skip, seconds
+        arguments = shard, inputs(items, self.slices), skip, seconds
         for batch in self._batches(*arguments) if there is None else self._renew(*arguments, copied):
             writer.write(batch)
         seconds["total"] = time.perf_counter() - started
         basis = there.etag if there is not None else ""
-        source = {"segbatch.source": _source_of(items)}
+        source = {"segbatch.source": source_of(items)}
         return commit(shard, writer, seconds, source, basis, sum(copied))
 
     def probe(self, shard: ShardRef, sample_id: str) -> None:
         """Decode, predict and encode one sample, without writing."""
-        wanted = (p for p in inputs(items_of(shard), self._slices) if p.sample_id == sample_id)
+        wanted = (p for p in inputs(items_of(shard), self.slices) if p.sample_id == sample_id)
         for _ in self._batches(shard, wanted, {}, {}):
             continue
 
@@ -184,23 +190,23 @@ class PredictWorker:
         self, shard: ShardRef, photos: Iterable[Input], skip: Mapping[str, str], seconds: dict[str, float]
     ) -> Iterator[pa.RecordBatch]:
         """Rows of ``photos`` in order, as record batches; adds up wall time by stage."""
-        pending: list[_Row] = []
+        pending: list[PhotoRow] = []
         for row in self._rows(shard.number, photos, skip):
             for stage, spent in row.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + spent
             pending.append(row)
-            if len(pending) >= _ROWS_PER_BATCH:
-                yield masks_batch(list(map(_mask_row, pending)), self._digest)
+            if len(pending) >= ROWS_PER_BATCH:
+                yield masks_batch(list(map(mask_row, pending)), self.digest)
                 pending = []
         if pending:
-            yield masks_batch(list(map(_mask_row, pending)), self._digest)
+            yield masks_batch(list(map(mask_row, pending)), self.digest)
 
-    def _rows(self, shard: int, photos: Iterable[Input], skip: Mapping[str, str]) -> Iterator[_Row]:
+    def _rows(self, shard: int, photos: Iterable[Input], skip: Mapping[str, str]) -> Iterator[PhotoRow]:
         """Rows in the order of their photos, which are read ahead and then worked on by codec threads."""
         mixed = self._predictor.batch_size > 1 and self._predictor.spec.input.resize not in _ONE_SIZE
-        size = _CHUNK if mixed else self._chunk
-        reading = (self._readers.submit(self._read, c, skip) for c in _chunks(photos, size))
-        chunks = (r.result() for r in _ahead(reading, max(_PHOTOS_AHEAD // size, 1)))
+        size = _CHUNK if mixed else self.chunk
+        reading = (self._readers.submit(self.read, c, skip) for c in chunks_of(photos, size))
+        chunks = (r.result() for r in ahead(reading, max(PHOTOS_AHEAD // size, 1)))
         counted = 0
         try:
             for row in (self._in_batches if mixed else self._in_chunks)(shard, chunks):
@@ -211,22 +217,22 @@ class PredictWorker:
             self._count(-counted)  # the shard begins anew
             raise
 
-    def _in_chunks(self, shard: int, chunks: Iterable[list[_Row]]) -> Iterator[_Row]:
+    def _in_chunks(self, shard: int, chunks: Iterable[list[PhotoRow]]) -> Iterator[PhotoRow]:
         """Each chunk goes through all stages in one codec thread."""
-        working = (self._pool.submit(self._work, shard, rows) for rows in chunks)
-        for done in _ahead(working, self._window):
+        working = (self._pool.submit(self.work, shard, rows) for rows in chunks)
+        for done in ahead(working, self._window):
             yield from done.result()
 
-    def _in_batches(self, shard: int, chunks: Iterable[list[_Row]]) -> Iterator[_Row]:
+    def _in_batches(self, shard: int, chunks: Iterable[list[PhotoRow]]) -> Iterator[PhotoRow]:
         """Photos are decoded in chunks, then wait until a batch of one shape is full: photos of many shapes."""
         decoding = (self._pool.submit(self._decode_all, shard, rows) for rows in chunks)
-        decoded_rows = itertools.chain.from_iterable(d.result() for d in _ahead(decoding, self._window))
+        decoded_rows = itertools.chain.from_iterable(d.result() for d in ahead(decoding, self._window))
         size = self._predictor.batch_size
         batches = gathered(decoded_rows, _KIND, Room(size, _SPAN * size, _WAITING_BYTES))
         working = (self._pool.submit(self._work_numbered, shard, batch) for batch in batches)
-        return in_order(done.result() for done in _ahead(working, self._window))
+        return in_order(done.result() for done in ahead(working, self._window))
 
-    def _decode_all(self, shard: int, rows: list[_Row]) -> list[_Row]:
+    def _decode_all(self, shard: int, rows: list[PhotoRow]) -> list[PhotoRow]:
         """The chunk decoded, in one codec thread."""
         slot = threading.current_thread().name
         self._journal.note(slot, shard, [r.photo.sample_id for r in rows if r.status == OK])
@@ -238,17 +244,17 @@ class PredictWorker:
             self._journal.clear(slot)
         return rows
 
-    def _work_numbered(self, shard: int, batch: list[tuple[int, _Row]]) -> list[tuple[int, _Row]]:
-        self._work(shard, [row for _, row in batch])
+    def _work_numbered(self, shard: int, batch: list[tuple[int, PhotoRow]]) -> list[tuple[int, PhotoRow]]:
+        self.work(shard, [row for _, row in batch])
         return batch
 
     def _count(self, rows: int) -> None:
         with self._count_lock:
             self._rows_done += rows
 
-    def _read(self, photos: Sequence[Input], skip: Mapping[str, str]) -> list[_Row]:
+    def read(self, photos: Sequence[Input], skip: Mapping[str, str]) -> list[PhotoRow]:
         """Fetch the bytes, in a reader thread: many wait for a store at once while few decode."""
-        rows = [_Row(item) for item in photos]
+        rows = [PhotoRow(item) for item in photos]
         for row in rows:
             started = time.perf_counter()
             if row.photo.sample_id in skip:
@@ -260,7 +266,7 @@ class PredictWorker:
             row.seconds["read"] = time.perf_counter() - started
         return rows
 
-    def _read_one(self, row: _Row) -> None:
+    def _read_one(self, row: PhotoRow) -> None:
         try:
             row.data = row.photo.data if row.photo.data is not None else storage.read_bytes(row.photo.uri)
         except ObjectMissing:
@@ -270,7 +276,7 @@ class PredictWorker:
                 raise
             row.fail("unreadable", str(error))
 
-    def _work(self, shard: int, rows: list[_Row]) -> list[_Row]:
+    def work(self, shard: int, rows: list[PhotoRow]) -> list[PhotoRow]:
         """Decode, predict and encode a chunk in one codec thread, while its pixels are still in the cache."""
         slot = threading.current_thread().name
         self._journal.note(slot, shard, [r.photo.sample_id for r in rows if r.status == OK])
@@ -280,7 +286,7 @@ class PredictWorker:
             self._journal.clear(slot)
         return rows
 
-    def _through(self, model_slot: str, shard: int, rows: list[_Row]) -> None:
+    def _through(self, model_slot: str, shard: int, rows: list[PhotoRow]) -> None:
         for row in rows:
             if row.data is not None:
                 self._decode(row, row.data)
@@ -295,7 +301,7 @@ class PredictWorker:
             if row.raw is not None:
                 self._encode(row, row.raw)
 
-    def _decode(self, row: _Row, data: bytes) -> None:
+    def _decode(self, row: PhotoRow, data: bytes) -> None:
         """The upright photo as the model wants it."""
         started = time.perf_counter()
         try:
@@ -307,7 +313,7 @@ class PredictWorker:
         row.data = None
         row.seconds["decode"] = time.perf_counter() - started
 
-    def _predict(self, rows: list[_Row]) -> None:
+    def _predict(self, rows: list[PhotoRow]) -> None:
         """One call of the model; a failing batch is split until the culprit is alone (out of memory: halved)."""
         started = time.perf_counter()
         try:
@@ -327,7 +333,7 @@ class PredictWorker:
         for row, raw in zip(rows, raws, strict=True):
             row.raw, row.prepared, row.seconds["model"] = raw, None, share
 
-    def _encode(self, row: _Row, raw: Raw) -> None:
+    def _encode(self, row: PhotoRow, raw: Raw) -> None:
         """The prediction on the stored grid, label maps as runs."""
         started = time.perf_counter()
         try:
@@ -361,7 +367,7 @@ class PredictWorker:
                     chosen = (_as_it_is(p) if shard.mode == "retry" else p for p in group)
                     yield from self._batches(shard, chosen, skip, seconds)
                     continue
-                for chunk in _chunks(group, _ROWS_PER_BATCH):
+                for chunk in chunks_of(group, ROWS_PER_BATCH):
                     yield present.rows([p for p in (present.position(c, shard.mode) for c in chunk) if p is not None])
                     copied.append(len(chunk))
 
@@ -414,7 +420,7 @@ def _as_it_is(item: Input) -> Input:
     return item if found is None else replace(item, etag=found.etag)
 
 
-def _stored(prediction: Prediction, row: _Row) -> Prediction:
+def _stored(prediction: Prediction, row: PhotoRow) -> Prediction:
     """The prediction turned back onto the photo's stored grid, and its maps checked against it."""
     turned = turn_back(prediction, row.orientation, row.height or 0, row.width or 0)
     for label_map in (turned.semantic, turned.panoptic):
@@ -432,7 +438,7 @@ def _runs(label_map: NDArray[np.uint16] | None) -> Runs | None:
     return None if label_map is None else runlength.encode(label_map)
 
 
-def _ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
+def ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
     """The same futures in order, each handed on only when ``window`` more have been started."""
     started: deque[Future[T]] = deque()
     try:
@@ -447,7 +453,8 @@ def _ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
             future.cancel()
 
 
-def _chunks(photos: Iterable[Input], size: int) -> Iterator[list[Input]]:
+def chunks_of(photos: Iterable[Input], size: int) -> Iterator[list[Input]]:
+    """Photos in order, in lists of ``size``; the last one may be shorter."""
     chunk: list[Input] = []
     for item in photos:
         chunk.append(item)
@@ -458,14 +465,15 @@ def _chunks(photos: Iterable[Input], size: int) -> Iterator[list[Input]]:
         yield chunk
 
 
-def _source_of(items: Sequence[PlanItem]) -> str:
+def source_of(items: Sequence[PlanItem]) -> str:
     """Footer entry by which evaluation zips masks and samples: the ranges of samples rows, as JSON."""
     import json
 
     return json.dumps([{"uri": i.uri, "row_start": i.row_start, "rows": i.rows} for i in items if not i.sample_id])
 
 
-def _mask_row(row: _Row) -> MaskRow:
+def mask_row(row: PhotoRow) -> MaskRow:
+    """The finished row as the table takes it."""
     found = row.prediction or Prediction()
     return MaskRow(
         sample_id=row.photo.sample_id,

@@ -24,16 +24,16 @@ from segbatch.stages import inputs as reading
 from segbatch.stages.inputs import Fed, Input
 from segbatch.stages.mask_rows import masks_batch
 from segbatch.stages.predict import (
-    _PHOTOS_AHEAD,
-    _READERS,
-    _ROWS_PER_BATCH,
+    PHOTOS_AHEAD,
+    READERS,
+    ROWS_PER_BATCH,
+    PhotoRow,
     PredictTask,
     PredictWorker,
-    _ahead,
-    _chunks,
-    _mask_row,
-    _Row,
-    _source_of,
+    ahead,
+    chunks_of,
+    mask_row,
+    source_of,
 )
 
 Pixels = tuple[NDArray[Any], int, int, int]
@@ -128,6 +128,11 @@ class PredictManyTask:
 
     tasks: Mapping[str, PredictTask]
 
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether one of the models computes on a GPU."""
+        return any(task.uses_gpu for task in self.tasks.values())
+
     def open(self, threads: int, journal: Journal) -> "PredictManyWorker":
         """Load the models."""
         return PredictManyWorker(self.tasks, threads, journal)
@@ -145,14 +150,14 @@ class PredictManyWorker:
         self._workers = {a: PredictWorker(t, threads, _TaggedJournal(journal, a)) for a, t in tasks.items()}
         for worker in self._workers.values():
             worker.decoder = self._decoded
-        slices = {w._slices for w in self._workers.values()}
+        slices = {w.slices for w in self._workers.values()}
         if len(slices) > 1:
             raise ConfigError("one pass reads photos or CT slices, not both", "predict with each model in its own run")
         self._slices = slices.pop()
-        self._chunk = max(w._chunk for w in self._workers.values())
+        self._chunk = max(w.chunk for w in self._workers.values())
         self._window = threads + 1
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._rows_done = 0
         self._count_lock = threading.Lock()
 
@@ -185,7 +190,7 @@ class PredictManyWorker:
     def _worked(self, number: int, lacking: Mapping[str, ShardRef], skip: Mapping[str, str]) -> dict[str, Outcome]:
         started = time.perf_counter()
         items = items_of(next(iter(lacking.values())))
-        sheets = {alias: _Sheet(self._workers[alias]._digest) for alias in lacking}
+        sheets = {alias: _Sheet(self._workers[alias].digest) for alias in lacking}
         photos = reading.inputs(items, self._slices)
         counted = 0
         try:
@@ -197,26 +202,26 @@ class PredictManyWorker:
         except BaseException:
             self._count(-counted)  # the shard begins anew
             raise
-        source = {"segbatch.source": _source_of(items)}
+        source = {"segbatch.source": source_of(items)}
         total = time.perf_counter() - started
         return {a: commit(member, *sheets[a].finished(total), source) for a, member in lacking.items()}
 
     def _rows(
         self, number: int, photos: Iterable[Input], aliases: tuple[str, ...], skip: Mapping[str, str]
-    ) -> Iterator[dict[str, list[_Row]]]:
+    ) -> Iterator[dict[str, list[PhotoRow]]]:
         """Rows of every model, in the order of their photos, a chunk at a time."""
-        fetching = (self._readers.submit(self._read, c, aliases, skip) for c in _chunks(photos, self._chunk))
-        read = (r.result() for r in _ahead(fetching, max(_PHOTOS_AHEAD // self._chunk, 1)))
+        fetching = (self._readers.submit(self._read, c, aliases, skip) for c in chunks_of(photos, self._chunk))
+        read = (r.result() for r in ahead(fetching, max(PHOTOS_AHEAD // self._chunk, 1)))
         working = (self._pool.submit(self._work, number, rows_of) for rows_of in read)
-        for done in _ahead(working, self._window):
+        for done in ahead(working, self._window):
             yield done.result()
 
     def _read(
         self, photos: Sequence[Input], aliases: tuple[str, ...], skip: Mapping[str, str]
-    ) -> dict[str, list[_Row]]:
+    ) -> dict[str, list[PhotoRow]]:
         """A row of each photo for every model, with the bytes, which are fetched once."""
         hopeless = {p.sample_id: skip[tagged(aliases[0], p.sample_id)] for p in photos if _all_skip(p, aliases, skip)}
-        rows = self._workers[aliases[0]]._read(photos, hopeless)
+        rows = self._workers[aliases[0]].read(photos, hopeless)
         copies = {alias: [replace(r, seconds={"read": 0.0}) for r in rows] for alias in aliases[1:]}
         found = {aliases[0]: rows, **copies}
         for alias, own in found.items():
@@ -225,10 +230,10 @@ class PredictManyWorker:
                     row.fail("quarantined", skip[tag])
         return found
 
-    def _work(self, number: int, rows_of: dict[str, list[_Row]]) -> dict[str, list[_Row]]:
+    def _work(self, number: int, rows_of: dict[str, list[PhotoRow]]) -> dict[str, list[PhotoRow]]:
         """A chunk through every model, in one codec thread."""
         try:
-            return {alias: self._workers[alias]._work(number, rows) for alias, rows in rows_of.items()}
+            return {alias: self._workers[alias].work(number, rows) for alias, rows in rows_of.items()}
         finally:
             self._decoded.forget(r.photo for rows in rows_of.values() for r in rows)
 
@@ -243,16 +248,16 @@ class _Sheet:
     def __init__(self, digest: str) -> None:
         self._digest = digest
         self._writer = tables.PartWriter("masks")
-        self._pending: list[_Row] = []
+        self._pending: list[PhotoRow] = []
         self._seconds: dict[str, float] = {}
 
-    def add(self, rows: Iterable[_Row]) -> None:
+    def add(self, rows: Iterable[PhotoRow]) -> None:
         """More rows, in order."""
         for row in rows:
             for stage, spent in row.seconds.items():
                 self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
             self._pending.append(row)
-            if len(self._pending) >= _ROWS_PER_BATCH:
+            if len(self._pending) >= ROWS_PER_BATCH:
                 self._write()
 
     def finished(self, total_s: float) -> tuple[tables.PartWriter, dict[str, float]]:
@@ -262,7 +267,7 @@ class _Sheet:
         return self._writer, {**self._seconds, "total": total_s}
 
     def _write(self) -> None:
-        self._writer.write(masks_batch(list(map(_mask_row, self._pending)), self._digest))
+        self._writer.write(masks_batch(list(map(mask_row, self._pending)), self._digest))
         self._pending = []
 
 

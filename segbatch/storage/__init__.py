@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from segbatch import archives
 from segbatch.errors import ConfigError, ObjectExists, ObjectMissing, StorageError
-from segbatch.storage import local, members, probe
+from segbatch.storage import local, members, probe, traffic
 from segbatch.storage.addresses import (
     ObjectInfo,
     archive_root,
@@ -75,6 +75,7 @@ __all__ = [
     "scratch_folder",
     "stat",
     "sweep_temporary",
+    "traffic",
 ]
 
 AT_A_TIME = 32
@@ -174,7 +175,7 @@ def open_input(uri: str) -> IO[bytes]:
     if member := archives.split(uri):
         return members.archive(member[0]).open(member[1])
     if is_local(uri):
-        return attempt(lambda: open(uri, "rb"), uri, "read")
+        return attempt(lambda: io.BufferedReader(traffic.File(uri)), uri, "read")
     return store(uri).open(uri)
 
 
@@ -271,14 +272,13 @@ def create(uri: str, data: bytes) -> None:
     check_is_no_member(uri)
     if is_local(uri):
         attempt(lambda: _create_local(uri, data), uri, "write")
-        return
-    guarantee = probe.of(uri)
-    if guarantee.put_if_absent:
+    elif (guarantee := probe.of(uri)).put_if_absent:
         store(uri).create(uri, data, guarantee.in_parts)
-        return
-    if stat(uri) is not None:
+    elif stat(uri) is not None:
         raise ObjectExists(f"{uri} exists already")
-    store(uri).replace(uri, data, None)
+    else:
+        store(uri).replace(uri, data, None)
+    traffic.count("bytes_written", len(data))
 
 
 def replace(uri: str, data: bytes, etag: str | None = None) -> None:
@@ -297,6 +297,7 @@ def replace(uri: str, data: bytes, etag: str | None = None) -> None:
         attempt(lambda: _replace_local(uri, data, etag), uri, "write")
     else:
         store(uri).replace(uri, data, etag)
+    traffic.count("bytes_written", len(data))
 
 
 def delete(uri: str) -> None:

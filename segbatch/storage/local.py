@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 
 from segbatch.errors import ObjectExists, StorageError
-from segbatch.storage import failures
+from segbatch.storage import failures, traffic
 from segbatch.storage.addresses import ObjectInfo
 
 _TEMPORARY = ".tmp"
@@ -29,13 +29,17 @@ def info_of(uri: str, found: os.stat_result) -> ObjectInfo:
 def read(uri: str) -> bytes:
     """The whole file."""
     with open(uri, "rb") as file:
-        return file.read()
+        data = file.read()
+    traffic.count("bytes_read", len(data))
+    return data
 
 
 def read_range(uri: str, start: int, stop: int) -> bytes:
     """The bytes ``start <= i < stop``; fewer where the file ends."""
     with open(uri, "rb", buffering=0) as file:
-        return pread(file.fileno(), start, min(stop, os.fstat(file.fileno()).st_size))
+        data = pread(file.fileno(), start, min(stop, os.fstat(file.fileno()).st_size))
+    traffic.count("bytes_read", len(data))
+    return data
 
 
 def pread(descriptor: int, start: int, stop: int) -> bytes:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from segbatch.errors import ConfigError, SegbatchError, TransientStorageError
-from segbatch.storage import failures
+from segbatch.storage import failures, traffic
 
 T = TypeVar("T")
 
@@ -183,6 +183,7 @@ class Tries:
         self._pauses += 1
         if not ours.retryable or self._count >= ATTEMPTS or time.monotonic() + pause >= self._ends:
             raise ours from error
+        traffic.count("requests_throttled" if throttled else "requests_repeated")
         return pause
 
 

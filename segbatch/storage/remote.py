@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 
 from segbatch.config import nearest
 from segbatch.errors import ConfigError, ObjectExists, ObjectMissing, SegbatchError, StorageError
-from segbatch.storage import failures
+from segbatch.storage import failures, traffic
 from segbatch.storage.addresses import ObjectInfo, is_archive, is_http, name_of, scheme_of, store_of
 from segbatch.storage.patience import Breaker, Limits, Tries, attempt
 
@@ -137,6 +137,8 @@ class Store:
                 await asyncio.sleep(pause)
             else:
                 tries.answered()
+                if isinstance(result, bytes):
+                    traffic.count("bytes_read", len(result))
                 return result
 
     async def _renew(self) -> None:
@@ -191,8 +193,7 @@ class Store:
         file = attempt(lambda: self.filesystem.open(self.path(uri), "rb", block_size=BLOCK), uri, "read")
         cache = getattr(file, "cache", None)
         if cache is not None and getattr(cache, "fetcher", None) is not None:
-            fetch = cache.fetcher
-            cache.fetcher = lambda start, stop: attempt(lambda: fetch(start, stop), uri, "read")
+            cache.fetcher = functools.partial(_fetched, cache.fetcher, uri)
         opened: IO[bytes] = file
         return opened
 
@@ -279,6 +280,13 @@ class Store:
         """Remove an object."""
         self.check_writable(uri)
         self.call(uri, "delete", "rm_file", self.path(uri))
+
+
+def _fetched(fetch: Callable[[int, int], bytes], uri: str, start: int, stop: int) -> bytes:
+    """A block of an open file."""
+    block = attempt(lambda: fetch(start, stop), uri, "read")
+    traffic.count("bytes_read", len(block))
+    return block
 
 
 def info_of(scheme: str, entry: dict[str, Any]) -> ObjectInfo:

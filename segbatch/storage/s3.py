@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from segbatch import archives
 from segbatch.errors import ConfigError, ObjectExists, ObjectMissing, StorageError
-from segbatch.storage import failures
+from segbatch.storage import failures, traffic
 from segbatch.storage.addresses import ObjectInfo, name_of
 from segbatch.storage.patience import Limits
 from segbatch.storage.remote import BLOCK, Store
@@ -78,6 +78,7 @@ class S3Store(Store):
                 raise
             async with reply["Body"] as body:
                 data: bytes = await body.read()
+            traffic.count("bytes_read", len(data))
             if len(data) != reply.get("ContentLength", len(data)):
                 raise ConnectionError(f"{len(data)} bytes came instead of {reply['ContentLength']}")
             return data, reply

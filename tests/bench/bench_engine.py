@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 import segbatch
 from segbatch.codecs import photo, runlength
-from segbatch.config import EngineConfig, PlanConfig, RunOptions
+from segbatch.config import EngineConfig, ExecutionConfig, PlanConfig, RunOptions
 from segbatch.inference.pipeline import Predictor, auto_batch_size
 from segbatch.models import registry
 from segbatch.models.base import InputSpec, ModelSpec, Segmenter
@@ -81,7 +81,8 @@ def bare_loop(paths: Sequence[Path], segmenter: Segmenter, threads: int) -> floa
         prepared = predictor.prepare(photo.upright(rgb, info.exif_orientation))
         with lock:
             raw = predictor.forward([prepared])[0]
-        labels, _ = predictor.finish(raw)
+        labels = predictor.finish(raw).semantic
+        assert labels is not None
         return len(runlength.encode(photo.stored(labels, info.exif_orientation)).values)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -92,9 +93,15 @@ def bare_loop(paths: Sequence[Path], segmenter: Segmenter, threads: int) -> floa
         return len(paths) / (time.perf_counter() - began)
 
 
-def through_segbatch(folder: Path, model: ModelSource, threads: int, batch_size: int) -> tuple[float, float]:
+def through_segbatch(
+    folder: Path, model: ModelSource, threads: int, batch_size: int, inference: ExecutionConfig | None = None
+) -> tuple[float, float]:
     """Images per second of ``segbatch.predict`` on local Ray, and the seconds before work began."""
-    options = RunOptions(engine=EngineConfig(kind="ray", threads=threads), plan=PlanConfig(shard_rows=512))
+    options = RunOptions(
+        engine=EngineConfig(kind="ray", threads=threads),
+        plan=PlanConfig(shard_rows=512),
+        inference=inference or ExecutionConfig(),
+    )
     with tempfile.TemporaryDirectory() as out:
         result = segbatch.predict(model, str(folder), f"{out}/masks", options=options, batch_size=batch_size)
     return result.rows / result.seconds, result.start_seconds

@@ -1,15 +1,16 @@
 """End to end against the model's own loop: how much of a real model's speed segbatch gives away, or adds.
 
-Two loops to hold it against, both in this process. The bare loop: the network alone, computing as ``segbatch predict``
-decides (engine and number format), from as many threads as there are cores, on inputs that lie prepared in memory (no
-reading, decoding, encoding or writing; on a CPU nothing can reach that, because the rest takes CPU time as well). The
-plain script: torch in float32 with all threads, the same work photo by photo, the result thrown away. Ray's start, the
-model's load and the calibration are excluded everywhere.
+Three loops to hold it against, all in this process. The network alone, computing as ``segbatch predict`` decides
+(engine and number format), from as many threads as there are cores, on inputs that lie prepared in memory: on a CPU
+nothing can reach that, because the rest takes CPU time as well. The bare loop: the same, with reading, decoding, preparing,
+post-processing and encoding in the same threads, the result thrown away. The plain script: torch in float32 with all
+threads, the same work photo by photo. Ray's start, the model's load and the calibration are excluded everywhere.
 
-    python tests/bench/bench_predict.py MODEL FOLDER [--images 300] [--rounds 3]
+    python tests/bench/bench_predict.py MODEL FOLDER [--images 300] [--rounds 3] [--min-agreement .99]
 """
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 from bench_engine import through_segbatch
 
 from segbatch.codecs import photo, runlength
+from segbatch.config import ExecutionConfig
 from segbatch.inference import execution
 from segbatch.inference.pipeline import Predictor, Prepared
 from segbatch.models import registry
@@ -39,10 +41,19 @@ def network_alone(predictor: Predictor, paths: list[Path], threads: int) -> floa
         return len(prepared) / (time.perf_counter() - began)
 
 
-def fastest(source: ModelSource, paths: list[Path], threads: int) -> Predictor:
+def bare_loop(predictor: Predictor, paths: list[Path], threads: int) -> float:
+    """Images per second of the whole work on a photo, the result thrown away, from so many threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(functools.partial(_worked, predictor), paths[: 4 * threads]))
+        began = time.perf_counter()
+        list(pool.map(functools.partial(_worked, predictor), paths))
+        return len(paths) / (time.perf_counter() - began)
+
+
+def fastest(source: ModelSource, paths: list[Path], threads: int, wanted: ExecutionConfig) -> Predictor:
     """The model computing as ``segbatch predict`` decides for a large run."""
     photos = [photo.decode(p.read_bytes(), str(p))[0] for p in paths[:8]]
-    decided = execution.decide(source.load(1), photos, 10**6)
+    decided = execution.decide(source.load(1), photos, 10**6, wanted)
     print(decided.said)
     return Predictor(execution.apply(source.load(1), decided, threads), decided.batch_size)
 
@@ -51,11 +62,15 @@ def plain_script(predictor: Predictor, paths: list[Path]) -> float:
     """Images per second of read, decode, prepare, network, post-processing and encoding, one after the other."""
     began = time.perf_counter()
     for path in paths:
-        prepared, orientation = _prepared(predictor, path)
-        labels = predictor.finish(predictor.forward([prepared])[0]).semantic
-        assert labels is not None
-        runlength.encode(photo.stored(labels, orientation))
+        _worked(predictor, path)
     return len(paths) / (time.perf_counter() - began)
+
+
+def _worked(predictor: Predictor, path: Path) -> None:
+    prepared, orientation = _prepared(predictor, path)
+    found = predictor.finish(predictor.forward([prepared])[0])
+    if found.semantic is not None:
+        runlength.encode(photo.stored(found.semantic, orientation))
 
 
 def _prepared(predictor: Predictor, path: Path) -> tuple[Prepared, int]:
@@ -69,7 +84,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--min-agreement", type=float, default=0.99, help="0 for a model of random weights")
     arguments = parser.parse_args()
+    wanted = ExecutionConfig(min_agreement=arguments.min_agreement)
     threads = os.cpu_count() or 1
     originals = sorted(p for p in arguments.folder.iterdir() if p.suffix.lower() in (".jpg", ".png", ".bmp"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,17 +95,18 @@ def main() -> None:
             paths.append(Path(scratch) / f"{number:05d}{source.suffix}")
             paths[-1].write_bytes(source.read_bytes())
         source = registry.source(arguments.model)
-        fast = fastest(source, paths, threads)
+        fast = fastest(source, paths, threads, wanted)
         ratios = []
         for _ in range(arguments.rounds):
             alone = network_alone(fast, paths, threads)
+            bare = bare_loop(fast, paths, threads)
             script = plain_script(Predictor(source.load(threads), 1), paths)
-            ours, start = through_segbatch(Path(scratch), source, threads, 0)
-            ratios.append((ours / alone, ours / script))
-            print(f"network alone {alone:6.2f}   plain script {script:6.2f}   segbatch {ours:6.2f} images/s", end="   ")
-            print(f"{ours / alone:.3f}   {ours / script:.3f}   (start {start:.1f} s)")
-    medians = [statistics.median(r) for r in zip(*ratios, strict=True)]
-    print(f"{arguments.images} photos, {threads} threads: median ratios {medians[0]:.3f} and {medians[1]:.3f}")
+            ours, start = through_segbatch(Path(scratch), source, threads, 0, wanted)
+            ratios.append((ours / alone, ours / bare, ours / script))
+            print(f"network alone {alone:.2f}, bare loop {bare:.2f}, plain script {script:.2f}, ", end="")
+            print(f"segbatch {ours:.2f} images/s: {' '.join(f'{r:.3f}' for r in ratios[-1])} (start {start:.1f} s)")
+    medians = " ".join(f"{statistics.median(r):.3f}" for r in zip(*ratios, strict=True))
+    print(f"{arguments.images} photos, {threads} threads: median ratios {medians}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ PHOTOS = 24
 SCRIPT = """
 import sys, time, urllib.request
 import ray
-from doubles import FreeModel, predict
+from doubles import SlowModel, predict
 from pathlib import Path
 
-ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-predict(FreeModel(), Path(sys.argv[1]), Path(sys.argv[2]))
+ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20,
+         _system_config={"metrics_report_interval_ms": 500})
+predict(SlowModel(seconds=0.3), Path(sys.argv[1]), Path(sys.argv[2]))
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 until = time.monotonic() + 60
@@ -45,3 +46,7 @@ def test_prometheus_reads_the_rows_that_are_done(tmp_path: Path) -> None:
     assert [float(r) for r in rows] == [PHOTOS]
     shards = re.findall(r"^ray_segbatch_shards_total\{.*\} (\S+)$", ran.stdout, re.MULTILINE)
     assert [float(s) for s in shards] == [PHOTOS / 8]
+    took = re.findall(r"^ray_segbatch_shard_seconds_count\{.*\} (\S+)$", ran.stdout, re.MULTILINE)
+    assert took and sum(map(float, took)) >= 1, "actors tell, too"
+    moved = re.findall(r'^ray_segbatch_moved_total\{.*what="bytes_read".*\} (\S+)$', ran.stdout, re.MULTILINE)
+    assert moved and sum(map(float, moved)) > 0

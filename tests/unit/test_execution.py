@@ -66,6 +66,17 @@ def ways(found: Execution) -> list[str]:
     return [t.name for t in found.trials]
 
 
+def takes(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    """Runs take so long, one way after the other, by the clock of the calibration."""
+    left = iter(seconds)
+
+    def timed(run: Callable[[], object]) -> float:
+        run()
+        return next(left) * 2  # photos
+
+    monkeypatch.setattr(execution, "_seconds", timed)
+
+
 # -- choosing --------------------------------------------------------------------------------------------------------
 
 
@@ -76,14 +87,20 @@ def test_little_work_is_not_measured() -> None:
 
 @pytest.mark.long
 def test_the_fastest_that_agrees_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 1.0, 0.25, 0.5])  # of one photo, then float32 in torch, OpenVINO in bfloat16 and float32
-    monkeypatch.setattr(execution, "_seconds", lambda run: next(times) * len(SOME[:2]))
-    found = decide(tiny(), SOME, 10**6, wanted(min_agreement=0.0))
-    assert ways(found) == ["eager float32", "openvino bfloat16", "openvino float32"]
+    takes(monkeypatch, 1.0, 0.25)  # float32 in torch, OpenVINO in bfloat16
+    found = decide(tiny(), SOME[:2], 10**6, wanted(min_agreement=0.0))
+    assert ways(found) == ["eager float32", "openvino bfloat16"]
     assert (found.engine, found.dtype, found.speed_up, found.batch_size) == ("openvino", "bfloat16", 4.0, 1)
     assert found.agreement is not None and found.agreement > 0.5 and found.photos == 2
     assert found.pixels == 2 * 40 * 48
     assert "4.0 times as fast, agrees with float32 on" in found.said and "3,840 pixels of 2 photos" in found.said
+
+
+def test_what_is_slower_than_torch_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes(monkeypatch, 1.0, 1.25, 0.5)  # float32 in torch, OpenVINO in bfloat16 and float32
+    found = decide(tiny(), SOME[:2], 10**6, wanted(min_agreement=0.0))
+    assert ways(found) == ["eager float32", "openvino bfloat16", "openvino float32"]
+    assert (found.engine, found.dtype, found.speed_up) == ("openvino", "float32", 2.0)
 
 
 def test_what_does_not_agree_is_not_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:

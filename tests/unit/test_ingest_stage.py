@@ -28,6 +28,7 @@ from segbatch.records import ClassTable, Instance, Issue, Outcome, PlanItem, Sam
 from segbatch.runs import Run
 from segbatch.stages import ingest, items
 from segbatch.stages.items import grouped
+from segbatch.stages.stopwatch import Stopwatch
 
 
 class Recorder:
@@ -336,7 +337,7 @@ def test_never_more_than_a_few_samples_are_read_ahead(tmp_path: Path, monkeypatc
     (shard,) = planned(tmp_path / "out", source, shard_rows=64).missing()
     journal = Recorder()
     worker = camvid_task(source).open(2, journal)
-    rows = worker._rows(shard, list(CamVid().items(Tree.of(str(source)), ())), {})
+    rows = worker._rows(shard, list(CamVid().items(Tree.of(str(source)), ())), {}, Stopwatch())
     next(rows)
     assert isinstance(rows, Iterator) and len(journal.noted) <= 5
     worker.close()

@@ -1,5 +1,6 @@
 """Several models in one pass: each root is as if its model had run alone, and every photo is decoded once."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +165,19 @@ def test_a_changed_photo_is_made_anew_for_every_model(tmp_path: Path) -> None:
     results = together(models, source, out)
     assert {a: (r.rows, r.state.rows) for a, r in results.items()} == {"a": (1, 12), "b": (1, 12)}
     assert content(out / "a") == content(out / "b")
+
+
+def test_every_root_has_a_record_of_the_pass(tmp_path: Path) -> None:
+    photos.folder(tmp_path / "in", 6)
+    results = together({"a": FreeModel(), "b": FreeModel()}, tmp_path / "in", tmp_path / "out")
+    for alias, result in results.items():
+        (path,) = (tmp_path / "out" / alias / ".segbatch" / "runs").glob("*.json")
+        assert json.loads(path.read_text()) == result.record
+        assert (result.record["images"], result.record["ended"]) == (6, "done")
+        assert result.record["seconds"] > 0 and result.record["codec_threads"] >= 1
+        assert {"decode", "model", "encode"} <= set(result.record["stage_seconds"])
+    again = together({"a": FreeModel(), "b": FreeModel()}, tmp_path / "in", tmp_path / "out")
+    assert [r.record for r in again.values()] == [{}, {}]
 
 
 def test_every_root_is_a_run_root_of_its_own(tmp_path: Path) -> None:

@@ -8,17 +8,23 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 
 from segbatch.engine import journal
 from segbatch.engine.activity import Activity
+from segbatch.engine.base import uses_gpu
+from segbatch.engine.ray_actors.exported import ExportedByActor
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task, Worker, committed
-from segbatch.telemetry import usage
+from segbatch.telemetry import Usage, usage
 from segbatch.version import __version__
+
+if TYPE_CHECKING:
+    from segbatch.inference.gpu import GpuSampler
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +65,12 @@ class Figures:
 
     Attributes:
         rows_done: rows finished so far.
-        cpu_s, peak_bytes: CPU seconds and greatest memory of its process.
+        used: what its process has used.
         idle_s: by the number of each shard in flight, seconds since it did something.
     """
 
     rows_done: int
-    cpu_s: float
-    peak_bytes: int
+    used: Usage
     idle_s: Mapping[int, float]
 
 
@@ -82,6 +87,7 @@ class Actor:
 
     def __init__(self) -> None:
         self._leaving = threading.Lock()
+        self._telling = threading.Lock()
         self._forgotten = False
 
     def place(self) -> Place:
@@ -93,11 +99,11 @@ class Actor:
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return Place(here.get_node_id(), address, os.getpid(), self._path, _log_of_this_process(), __version__)
 
-    def open(self, task: Task, threads: int) -> None:
-        """Open the journal and the worker (load the model), unless the actor is no longer needed."""
+    def open(self, task: Task, threads: int) -> Usage:
+        """Open the journal and the worker (load the model), unless the actor is no longer needed; what that used."""
         with self._leaving:
             if self._forgotten:
-                return
+                return usage()
             notes = journal.FileJournal(self._path, 2 * threads + _SPARE_SLOTS)
         self._activity = Activity(notes)
         try:
@@ -106,24 +112,37 @@ class Actor:
             log.exception("the worker could not be opened")
             self.forget()
             raise
+        self._gpu = _sampler() if uses_gpu(task) else None
+        self._exported = ExportedByActor()
+        return self._used()
 
-    def run(self, shard: ShardRef, skip: dict[str, str]) -> tuple[Outcome, bool]:
-        """The outcome of a shard, and whether it was worked on: it may be finished already.
+    def run(self, shard: ShardRef, skip: dict[str, str]) -> tuple[Outcome, bool, Usage]:
+        """The outcome of a shard, whether it was worked on (it may be finished already), and what is used by now.
 
         Called from up to ``in_flight`` threads.
         """
+        began = time.monotonic()
         with self._activity.of(shard.number):
             try:
                 if (outcome := committed(shard)) is not None:
-                    return outcome, False
-                return self._worker.run(shard, skip), True
+                    return outcome, False, self._used()
+                outcome = self._worker.run(shard, skip)
+                self._exported.ran(time.monotonic() - began)
+                return outcome, True, self._used()
             except Exception:
                 log.exception("shard %d failed", shard.number)
                 raise
 
     def figures(self) -> Figures:
         """How it gets on."""
-        return Figures(self._worker.rows_done, *usage(), self._activity.idle_s())
+        return Figures(self._worker.rows_done, self._used(), self._activity.idle_s())
+
+    def _used(self) -> Usage:
+        seen = self._gpu.use() if self._gpu else None
+        used = usage(asdict(seen) if seen else None)
+        with self._telling:
+            self._exported.used(used)
+        return used
 
     def forget(self) -> None:
         """Remove the journal: the actor is about to end, and its death will be no riddle."""
@@ -177,6 +196,12 @@ def last_lines(path: str, count: int) -> list[str]:
     except OSError:
         return []
     return [line for line in text.splitlines() if line.strip() and not line.startswith(_OWN_LINES)][-count:]
+
+
+def _sampler() -> "GpuSampler":
+    from segbatch.inference.gpu import GpuSampler
+
+    return GpuSampler()
 
 
 def _log_of_this_process() -> str:

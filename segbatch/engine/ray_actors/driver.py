@@ -25,6 +25,7 @@ from segbatch.engine.schedule import Schedule
 from segbatch.errors import EngineError, SegbatchError, StoppedError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task
+from segbatch.telemetry import Usage
 from segbatch.version import __version__
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class Driver:
         if now - self._tended < _TICK_S:
             return
         self._tended = now
-        self._exported.state(len(self._pool.slots), sum(len(s.running) for s in self._pool.slots))
+        in_flight = sum(len(s.running) for s in self._pool.slots)
+        self._exported.state(len(self._pool.slots), in_flight, self._control.meter.events)
         self._pool.follow_nodes()
         self._start_actors()
         self._ask_figures(now)
@@ -183,8 +185,9 @@ class Driver:
             raise EngineError(what, "install the same version everywhere")
         self._when_done(slot.handle.open.remote(self._task, self._pool.threads), slot, self._opened)
 
-    def _opened(self, slot: Slot, _: None) -> None:
+    def _opened(self, slot: Slot, used: Usage) -> None:
         slot.ready = True
+        self._control.meter.used(slot.name, used)
         slot.told = slot.idle_since = time.monotonic()
         self._control.on_ready()
         self._control.meter.count("actors started")
@@ -225,8 +228,11 @@ class Driver:
         self._count(slot, shard, running.since, *future.result())
         self._feed(slot, self._config.in_flight)
 
-    def _count(self, slot: Slot, shard: ShardRef, since: float, outcome: Outcome, was_worked_on: bool) -> None:
+    def _count(
+        self, slot: Slot, shard: ShardRef, since: float, outcome: Outcome, was_worked_on: bool, used: Usage
+    ) -> None:
         """Yield the outcome, unless another copy of the shard was faster."""
+        self._control.meter.used(slot.name, used)
         now = time.monotonic()
         worked = outcome.rows - outcome.copied
         if was_worked_on:
@@ -256,7 +262,7 @@ class Driver:
 
     def _told(self, slot: Slot, figures: Figures) -> None:
         slot.asked, slot.told, slot.rows = None, time.monotonic(), figures.rows_done
-        self._control.meter.used(slot.name, figures.cpu_s, figures.peak_bytes)
+        self._control.meter.used(slot.name, figures.used)
         self._hung(slot, [n for n, idle in figures.idle_s.items() if idle > self._config.hang_s])
 
     def _open_on(self, slot: Slot) -> dict[int, ShardRef]:

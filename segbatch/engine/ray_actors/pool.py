@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from segbatch.config import EngineConfig
-from segbatch.engine.base import UsesGpu
+from segbatch.engine.base import uses_gpu
 from segbatch.engine.layout import Share, layout, places, within
 from segbatch.engine.ray_actors import nodes
 from segbatch.engine.ray_actors.actor import Actor, Place
@@ -98,7 +98,7 @@ class Pool:
         self._seen = {n["NodeID"] for n in found}
         self._looked = time.monotonic()
         sizes = nodes.sizes(found)
-        gpus = config.gpus_per_actor or float(_uses_gpu(task) and any(n.gpus >= 1 for n in sizes))
+        gpus = config.gpus_per_actor or float(uses_gpu(task) and any(n.gpus >= 1 for n in sizes))
         if gpus and not any(places([n], Share(1, gpus)) for n in sizes):
             raise ConfigError(
                 f"no node of the cluster has {gpus:g} GPUs for an actor", "set engine.gpus_per_actor to 0 or to less"
@@ -176,7 +176,3 @@ class Pool:
 
 def _kill(handle: Any, _: "Future[Any]") -> None:
     ray.kill(handle)
-
-
-def _uses_gpu(task: Task) -> bool:
-    return isinstance(task, UsesGpu) and task.uses_gpu
