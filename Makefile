@@ -14,7 +14,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml infra/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "segbatch needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[cpu,dev,hf,litert,onnx,pretrained,smp]'
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[cpu,dev,hf,litert,onnx,otel,pretrained,smp]'
 	@touch $@
 
 # The S3 test server needs a botocore that s3fs refuses, so it lives in an environment of its own.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from segbatch import drivers, schemas, storage, tables, telemetry
+from segbatch import drivers, schemas, storage, tables, telemetry, tracing
 from segbatch.config import EngineConfig, ExecutionConfig, RunOptions, digest_of
 from segbatch.engine import Control, make
 from segbatch.errors import BadItemsError, ConfigError, SegbatchError, StoppedError
@@ -450,10 +450,13 @@ def dry_run(job: Job, options: RunOptions) -> Preview:
 
 def carry_out(job: Job, limits: Limits, options: RunOptions, watch: Watch, failed: bool = False) -> RunResult:
     """Open the root, plan what is new, do what is missing (or redo what failed), finish."""
-    run, listing = opened(job)
-    with drivers.beating(run.root, job.verb) as heartbeat:
-        beating = Beating(watch, heartbeat)
-        return completed(run, job, planned(run, job, listing, options, failed), limits, options, beating, Done())
+    with tracing.span(f"segbatch {job.verb}", attributes={"root": job.out}) as note:
+        run, listing = opened(job)
+        with drivers.beating(run.root, job.verb) as heartbeat:
+            rounds = planned(run, job, listing, options, failed)
+            result = completed(run, job, rounds, limits, options, Beating(watch, heartbeat), Done())
+        note({"rows": result.rows, "bad_in_root": result.state.bad})
+        return result
 
 
 def opened(job: Job) -> tuple[Run, Callable[[], Iterable[PlanItem]]]:
@@ -647,6 +650,7 @@ def work(
         on_ready=counts.ready,
         on_rows=counts.partial,
         meter=done.meter,
+        trace=tracing.here(),
     )
     try:
         with draining(control.stop, watch):

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from segbatch import drivers, storage
+from segbatch import drivers, storage, tracing
 from segbatch.config import RunOptions
 from segbatch.drivers import Heartbeat
 from segbatch.errors import ConfigError, SegbatchError
@@ -178,6 +178,7 @@ def carry_out_together(
         BadItemsError: of the first model with more bad rows than allowed; every model is finished.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(tracing.span("segbatch predict", attributes={"root": root, "models": len(jobs)}))
         runs: dict[str, Run] = {}
         rounds: dict[str, Iterator[Shards]] = {}
         beats: dict[str, Heartbeat] = {}

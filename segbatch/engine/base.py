@@ -1,11 +1,13 @@
 """What every engine is: map shards through workers and yield outcomes."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from segbatch import tracing
 from segbatch.errors import EngineError, SegbatchError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task
@@ -37,6 +39,7 @@ class Control:
         on_ready: called when a worker is open (its model loaded) and work can begin.
         on_rows: called about once a second with the rows finished in this map.
         meter: takes what the engine measures.
+        trace: the span that shards belong to; see ``tracing.here``.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
@@ -45,6 +48,7 @@ class Control:
     on_ready: Callable[[], None] = _ignore_ready
     on_rows: Callable[[int], None] = _ignore_rows
     meter: Meter = field(default_factory=Meter)
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -82,6 +86,19 @@ class UsesGpu(Protocol):
 def uses_gpu(task: Task) -> bool:
     """Whether the workers of a task compute on a GPU."""
     return isinstance(task, UsesGpu) and task.uses_gpu
+
+
+@contextlib.contextmanager
+def traced(shard: ShardRef, parent: Mapping[str, str]) -> "Iterator[Callable[[Outcome], None]]":
+    """A span around the work on a shard, which takes its outcome."""
+    about = {"shard": shard.number, "plan": shard.plan, "rows": shard.rows, "table": shard.table}
+    with tracing.span("segbatch shard", parent, about) as note:
+
+        def came_to(outcome: Outcome) -> None:
+            seconds = {f"seconds.{stage}": round(spent, 4) for stage, spent in outcome.seconds.items()}
+            note({"bad": outcome.bad, "bytes_out": outcome.bytes_out, **seconds})
+
+        yield came_to
 
 
 class Failures:

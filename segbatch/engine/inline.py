@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from segbatch.config import EngineConfig
-from segbatch.engine.base import Control, Failures, as_ours, worth_repeating
+from segbatch.engine.base import Control, Failures, as_ours, traced, worth_repeating
 from segbatch.engine.journal import NullJournal
 from segbatch.errors import StoppedError
 from segbatch.records import Outcome, ShardRef
@@ -77,7 +77,11 @@ def _run(worker: Worker, shard: ShardRef, control: Control, failures: Failures) 
     """The outcome; None when the shard has failed for good."""
     while True:
         try:
-            return committed(shard) or worker.run(shard, control.quarantine)
+            if (outcome := committed(shard)) is None:
+                with traced(shard, control.trace) as came_to:
+                    outcome = worker.run(shard, control.quarantine)
+                    came_to(outcome)
+            return outcome
         except Exception as error:
             ours = as_ours(error)
             if not worth_repeating(ours):

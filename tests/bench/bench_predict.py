@@ -2,9 +2,9 @@
 
 Three loops to hold it against, all in this process. The network alone, computing as ``segbatch predict`` decides
 (engine and number format), from as many threads as there are cores, on inputs that lie prepared in memory: on a CPU
-nothing can reach that, because the rest takes CPU time as well. The bare loop: the same, with reading, decoding, preparing,
-post-processing and encoding in the same threads, the result thrown away. The plain script: torch in float32 with all
-threads, the same work photo by photo. Ray's start, the model's load and the calibration are excluded everywhere.
+nothing can reach that, because the rest takes CPU time as well. The bare loop: the same, with reading, decoding,
+preparing, post-processing and encoding in the same threads, the result thrown away. The plain script: torch in float32
+with all threads, the same work photo by photo. Ray's start, the model's load and the calibration are excluded.
 
     python tests/bench/bench_predict.py MODEL FOLDER [--images 300] [--rounds 3] [--min-agreement .99]
 """

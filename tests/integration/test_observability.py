@@ -1,13 +1,18 @@
-"""What Prometheus sees of a run."""
+"""What Prometheus and a collector of OpenTelemetry see of a run."""
 
+import http.server
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import photos
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 PHOTOS = 24
@@ -33,12 +38,43 @@ ray.shutdown()
 """
 
 
+class Collector(http.server.ThreadingHTTPServer):
+    """Takes spans as OpenTelemetry's protocol sends them over HTTP."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Taking)
+        self.spans: list[Span] = []
+
+
+class _Taking(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+        assert isinstance(self.server, Collector)
+        self.server.spans += [s for r in request.resource_spans for scope in r.scope_spans for s in scope.spans]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    server = Collector()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.mark.ray
-def test_prometheus_reads_the_rows_that_are_done(tmp_path: Path) -> None:
+def test_prometheus_and_opentelemetry_see_what_was_done(tmp_path: Path, collector: Collector) -> None:
     photos.folder(tmp_path / "in", PHOTOS)
     path = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "RAY_TMPDIR": "/tmp", "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
+    environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{collector.server_address[1]}"
     arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / "in"), str(tmp_path / "out")]
     ran = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=180)
     assert ran.returncode == 0, ran.stderr
@@ -50,3 +86,7 @@ def test_prometheus_reads_the_rows_that_are_done(tmp_path: Path) -> None:
     assert took and sum(map(float, took)) >= 1, "actors tell, too"
     moved = re.findall(r'^ray_segbatch_moved_total\{.*what="bytes_read".*\} (\S+)$', ran.stdout, re.MULTILINE)
     assert moved and sum(map(float, moved)) > 0
+    (verb,) = [s for s in collector.spans if s.name == "segbatch predict"]
+    below = [s for s in collector.spans if s.name in ("segbatch worker start", "segbatch shard")]
+    assert sorted(s.name for s in below) == ["segbatch shard"] * (PHOTOS // 8) + ["segbatch worker start"]
+    assert {(s.trace_id, s.parent_span_id) for s in below} == {(verb.trace_id, verb.span_id)}

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from segbatch import tracing
 from segbatch.engine import journal
 from segbatch.engine.activity import Activity
-from segbatch.engine.base import uses_gpu
+from segbatch.engine.base import traced, uses_gpu
 from segbatch.engine.ray_actors.exported import ExportedByActor
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task, Worker, committed
@@ -99,7 +100,7 @@ class Actor:
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return Place(here.get_node_id(), address, os.getpid(), self._path, _log_of_this_process(), __version__)
 
-    def open(self, task: Task, threads: int) -> Usage:
+    def open(self, task: Task, threads: int, trace: Mapping[str, str]) -> Usage:
         """Open the journal and the worker (load the model), unless the actor is no longer needed; what that used."""
         with self._leaving:
             if self._forgotten:
@@ -107,13 +108,15 @@ class Actor:
             notes = journal.FileJournal(self._path, 2 * threads + _SPARE_SLOTS)
         self._activity = Activity(notes)
         try:
-            self._worker = task.open(threads, self._activity)
+            with tracing.span("segbatch worker start", trace):
+                self._worker = task.open(threads, self._activity)
         except BaseException:
             log.exception("the worker could not be opened")
             self.forget()
             raise
         self._gpu = _sampler() if uses_gpu(task) else None
         self._exported = ExportedByActor()
+        self._trace = trace
         return self._used()
 
     def run(self, shard: ShardRef, skip: dict[str, str]) -> tuple[Outcome, bool, Usage]:
@@ -126,7 +129,9 @@ class Actor:
             try:
                 if (outcome := committed(shard)) is not None:
                     return outcome, False, self._used()
-                outcome = self._worker.run(shard, skip)
+                with traced(shard, self._trace) as came_to:
+                    outcome = self._worker.run(shard, skip)
+                    came_to(outcome)
                 self._exported.ran(time.monotonic() - began)
                 return outcome, True, self._used()
             except Exception:
@@ -149,6 +154,7 @@ class Actor:
         with self._leaving:
             self._forgotten = True
             journal.remove(self._path)
+        tracing.flush()
 
 
 class Prober:
