@@ -1,4 +1,4 @@
-"""OpenTelemetry spans: one of each verb, one of each worker's start and of each shard below it, whatever process it is in.
+"""OpenTelemetry spans: one of each verb, and below it one of each worker's start and of each shard, in any process.
 
 They are made where ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or ``..._TRACES_ENDPOINT``) says where to and the extra ``otel`` is
 installed, or where the program around segbatch has set up tracing itself. OpenTelemetry's other variables

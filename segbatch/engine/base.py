@@ -91,7 +91,7 @@ def uses_gpu(task: Task) -> bool:
 @contextlib.contextmanager
 def traced(shard: ShardRef, parent: Mapping[str, str]) -> "Iterator[Callable[[Outcome], None]]":
     """A span around the work on a shard, which takes its outcome."""
-    about = {"shard": shard.number, "plan": shard.plan, "rows": shard.rows, "table": shard.table}
+    about: dict[str, str | int | float] = {"shard": shard.number, "plan": shard.plan, "rows": shard.rows, "table": shard.table}
     with tracing.span("segbatch shard", parent, about) as note:
 
         def came_to(outcome: Outcome) -> None:
