@@ -479,6 +479,8 @@ def _show_status(found: "RunStatus") -> None:
     for driver in found.drivers:
         said = f"{driver.phase}, {driver.rows} of {driver.total} images, {driver.per_s:.1f}/s"
         print(f"{driver.name}: {said if driver.alive else 'died'}; began {driver.started}")
+        for place in driver.workers if driver.alive else ():
+            print(f"  an actor {place}")
     if found.quarantined:
         names = ", ".join(sorted(found.quarantined)[:3])
         print(f"{len(found.quarantined)} images are quarantined, for example {names}")

@@ -49,6 +49,7 @@ class Driver:
         seconds: since it began to work on shards.
         rows, bad, total: images finished, bad ones among them, and images to do in this call.
         per_s: images a second over the last five minutes, by its own monotonic clock.
+        workers: where its actors are (node, process, log); empty where it works itself.
         alive: whether it lives; see ``look``.
     """
 
@@ -66,6 +67,7 @@ class Driver:
     bad: int = 0
     total: int = 0
     per_s: float = 0.0
+    workers: tuple[str, ...] = ()
     alive: bool = False
 
     @property
@@ -116,10 +118,15 @@ class Heartbeat:
                 while now - self._history[0][0] > _WINDOW_S:
                     self._history.popleft()
 
+    def work_at(self, places: Sequence[str]) -> None:
+        """Its actors are there now."""
+        with self._lock:
+            self._said = replace(self._said, workers=tuple(places))
+
     def end(self) -> None:
         """Nothing is in flight any more."""
         with self._lock:
-            self._said = replace(self._said, phase="finishing")
+            self._said = replace(self._said, phase="finishing", workers=())
 
     def close(self) -> None:
         """Take the file away; a store that refuses is not worth an error."""
@@ -176,6 +183,7 @@ def heartbeats(root: str) -> dict[str, tuple[str, Driver]]:
             said = json.loads(storage.read_bytes(info.uri))
         except ObjectMissing:
             continue  # it has just ended
+        said["workers"] = tuple(said.get("workers", ()))
         found[info.uri] = (info.etag, Driver(**{k: v for k, v in said.items() if k in Driver.__slots__}))
     return found
 

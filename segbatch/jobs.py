@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from segbatch import drivers, schemas, storage, tables, telemetry, tracing
 from segbatch.config import EngineConfig, ExecutionConfig, RunOptions, digest_of
@@ -544,6 +544,15 @@ def _recorded(
     return record
 
 
+@runtime_checkable
+class SeesWorkers(Protocol):
+    """A Watch that wants to know where the actors are."""
+
+    def work_at(self, places: Sequence[str]) -> None:
+        """They are there now."""
+        ...
+
+
 class Beating:
     """A Watch that tells the driver's heartbeat, too."""
 
@@ -555,6 +564,10 @@ class Beating:
         """See ``Watch``."""
         self._heartbeat.begin(total)
         self._watch.begin(what, total, unit)
+
+    def work_at(self, places: Sequence[str]) -> None:
+        """See ``SeesWorkers``."""
+        self._heartbeat.work_at(places)
 
     def advance(self, done: int, bad: int) -> None:
         """See ``Watch``."""
@@ -649,6 +662,7 @@ def work(
         on_quarantine=run.add_quarantine,
         on_ready=counts.ready,
         on_rows=counts.partial,
+        on_workers=watch.work_at if isinstance(watch, SeesWorkers) else lambda places: None,
         meter=done.meter,
         trace=tracing.here(),
     )

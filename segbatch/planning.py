@@ -319,10 +319,12 @@ class _IdCheck:
                 self._write_run()
 
     def _write_run(self) -> None:
-        if self._spill is None:
-            self._spill = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``close``
         run = np.sort(self._marks[: self._held])
-        self._spill.write(run.data)
+        with storage.on_scratch_disk():
+            if self._spill is None:
+                self._spill = tempfile.TemporaryFile()  # noqa: SIM115 - closed by ``close``
+            self._spill.write(run.data)
+            self._spill.flush()
         self._runs.append(len(run))
         self._held = 0
 
@@ -331,7 +333,6 @@ class _IdCheck:
         if self._spill is None:
             return _repeated(self._marks[: self._held])
         self._write_run()
-        self._spill.flush()
         every = np.memmap(self._spill, np.uint64, "r")
         runs = np.split(every, np.cumsum(self._runs)[:-1])
         bounds = np.linspace(0, 2**64 - 1, len(runs) + 1)[1:-1].astype(np.uint64)

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -24,6 +24,10 @@ def _ignore_rows(done: int) -> None:
     """Nobody watches."""
 
 
+def _ignore_workers(places: Sequence[str]) -> None:
+    """Nobody asks."""
+
+
 def _ignore_quarantine(shard: ShardRef, sample_id: str, reason: str) -> None:
     """Nobody keeps it."""
 
@@ -38,6 +42,7 @@ class Control:
         on_quarantine: called with shard, sample id and reason when the engine finds a sample that kills its process.
         on_ready: called when a worker is open (its model loaded) and work can begin.
         on_rows: called about once a second with the rows finished in this map.
+        on_workers: called with the places of the actors that are ready, whenever they are others.
         meter: takes what the engine measures.
         trace: the span that shards belong to; see ``tracing.here``.
     """
@@ -47,6 +52,7 @@ class Control:
     on_quarantine: Callable[[ShardRef, str, str], None] = _ignore_quarantine
     on_ready: Callable[[], None] = _ignore_ready
     on_rows: Callable[[int], None] = _ignore_rows
+    on_workers: Callable[[Sequence[str]], None] = _ignore_workers
     meter: Meter = field(default_factory=Meter)
     trace: Mapping[str, str] = field(default_factory=dict)
 
@@ -91,8 +97,8 @@ def uses_gpu(task: Task) -> bool:
 @contextlib.contextmanager
 def traced(shard: ShardRef, parent: Mapping[str, str]) -> "Iterator[Callable[[Outcome], None]]":
     """A span around the work on a shard, which takes its outcome."""
-    about: dict[str, str | int | float] = {"shard": shard.number, "plan": shard.plan, "rows": shard.rows, "table": shard.table}
-    with tracing.span("segbatch shard", parent, about) as note:
+    numbers = {"shard": shard.number, "plan": shard.plan, "rows": shard.rows}
+    with tracing.span("segbatch shard", parent, {**numbers, "table": shard.table}) as note:
 
         def came_to(outcome: Outcome) -> None:
             seconds = {f"seconds.{stage}": round(spent, 4) for stage, spent in outcome.seconds.items()}

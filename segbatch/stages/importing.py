@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from segbatch import tables
+from segbatch import storage, tables
 from segbatch.codecs import rle, runlength
 from segbatch.datasets.reading import detail_of
 from segbatch.errors import ConfigError, DataError
@@ -80,10 +80,11 @@ def items(form: str, files: str, samples: str) -> Iterator[PlanItem]:
     classes = tables.class_table(tables.root_of(samples, "samples"))
     bad: set[str] = set()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as waiting:
-        for item in found.items(tree, _noting_bad(samples, bad), classes):
-            if item.sample_id not in bad:
-                waiting.write(f"{json.dumps(asdict(item))}\n")
-        waiting.seek(0)
+        with storage.on_scratch_disk():
+            for item in found.items(tree, _noting_bad(samples, bad), classes):
+                if item.sample_id not in bad:
+                    waiting.write(f"{json.dumps(asdict(item))}\n")
+            waiting.seek(0)
         yield from (PlanItem(**json.loads(line)) for line in waiting)
 
 

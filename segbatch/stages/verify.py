@@ -4,9 +4,9 @@ Pages are compared with their checksums, footers and counts with the plan, label
 with the class table; sample ids are unique over all files. Files are read in parallel, a row group at a time.
 """
 
+import contextlib
 import functools
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -304,8 +304,9 @@ class _Ids:
     def __init__(self) -> None:
         import duckdb
 
-        self._scratch = tempfile.TemporaryDirectory()
-        self._db: duckdb.DuckDBPyConnection = duckdb.connect(str(Path(self._scratch.name) / "ids.db"))
+        self._scratch = contextlib.ExitStack()
+        folder = self._scratch.enter_context(storage.scratch_folder())
+        self._db: duckdb.DuckDBPyConnection = duckdb.connect(str(Path(folder) / "ids.db"))
         self._db.execute(f"SET memory_limit='{_DUCKDB_MEMORY}'; SET threads=2; SET preserve_insertion_order=false")
         self._db.execute("CREATE TABLE ids (file BIGINT, sample_id VARCHAR)")
         self._names: list[str] = []
@@ -314,9 +315,9 @@ class _Ids:
     def __enter__(self) -> "_Ids":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> bool:
         self._db.close()
-        self._scratch.cleanup()
+        return self._scratch.__exit__(*error)
 
     def add(self, uri: str, ids: pa.Array) -> None:
         """The ids of one file."""

@@ -32,8 +32,8 @@ from segbatch.storage.addresses import (
     resolve,
 )
 from segbatch.storage.local import create as _create_local
+from segbatch.storage.local import on_scratch_disk, scratch_folder
 from segbatch.storage.local import replace as _replace_local
-from segbatch.storage.local import scratch_folder
 from segbatch.storage.patience import ATTEMPTS, attempt
 from segbatch.storage.probe import Guarantee
 from segbatch.storage.remote import SCHEMES, _remote, drivers, store
@@ -61,6 +61,7 @@ __all__ = [
     "list_files",
     "list_folders",
     "name_of",
+    "on_scratch_disk",
     "open_input",
     "open_stream",
     "read_ahead",

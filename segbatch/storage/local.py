@@ -238,15 +238,25 @@ def scratch_folder() -> Iterator[str]:
     Raises:
         StorageError: its disk is full; says which folder, and how to choose another one.
     """
-    with tempfile.TemporaryDirectory(prefix="segbatch-", ignore_cleanup_errors=True) as folder:
-        try:
-            yield folder
-        except StorageError:
+    with tempfile.TemporaryDirectory(prefix="segbatch-", ignore_cleanup_errors=True) as folder, on_scratch_disk():
+        yield folder
+
+
+@contextlib.contextmanager
+def on_scratch_disk() -> Iterator[None]:
+    """Temporary files are written within.
+
+    Raises:
+        StorageError: their disk is full; says which folder, and how to choose another one.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if not failures.is_disk_full(error):
             raise
-        except Exception as error:
-            if not failures.is_disk_full(error):
-                raise
-            raise StorageError(
-                f"no space left for temporary files in {tempfile.gettempdir()}",
-                "free space there, or set TMPDIR to a folder on another disk",
-            ) from error
+        raise StorageError(
+            f"no space left for temporary files in {tempfile.gettempdir()}",
+            "free space there, or set TMPDIR to a folder on another disk",
+        ) from error

@@ -3,16 +3,21 @@
 import http.server
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import doubles
 import photos
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from segbatch import drivers
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 PHOTOS = 24
@@ -90,3 +95,25 @@ def test_prometheus_and_opentelemetry_see_what_was_done(tmp_path: Path, collecto
     below = [s for s in collector.spans if s.name in ("segbatch worker start", "segbatch shard")]
     assert sorted(s.name for s in below) == ["segbatch shard"] * (PHOTOS // 8) + ["segbatch worker start"]
     assert {(s.trace_id, s.parent_span_id) for s in below} == {(verb.trace_id, verb.span_id)}
+
+
+@pytest.mark.ray
+def test_status_tells_where_the_actors_are(tmp_path: Path, ray_session: Path) -> None:
+    """Node, process and log of each; a signal has the process write its stacks there."""
+    source, out = photos.folder(tmp_path / "in", 16), tmp_path / "out"
+    work = threading.Thread(target=doubles.predict, args=(doubles.SlowModel(seconds=0.3), source, out))
+    work.start()
+    found: tuple[str, ...] = ()
+    until = time.monotonic() + 60
+    while not found and work.is_alive() and time.monotonic() < until:
+        time.sleep(0.2)
+        found = next((d.workers for d in drivers.look([str(out)])[str(out)] if d.workers), ())
+    assert found
+    said = re.fullmatch(r"on node \S+, process (\d+), log (\S+)", found[0])
+    assert said
+    os.kill(int(said[1]), signal.SIGUSR1)
+    while "Current thread" not in Path(said[2]).read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert "in run" in Path(said[2]).read_text()
+    work.join()
+    assert drivers.look([str(out)])[str(out)] == []

@@ -1,6 +1,8 @@
 """Plans: how a listing is cut, what a later plan changes, and that nobody's plan is half there."""
 
+import functools
 import itertools
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from segbatch import planning
 from segbatch.config import PlanConfig
-from segbatch.errors import ConfigError
+from segbatch.errors import ConfigError, StorageError
 from segbatch.planning import cut, items_of, latest_shards, preview, publish, published
 from segbatch.records import PlanItem, ShardRef
 
@@ -159,6 +161,15 @@ def test_ids_that_occur_twice_are_found_beyond_the_memory(
     with pytest.raises(ConfigError, match=r"2 sample ids occur twice, for example 3\.jpg, 41\.jpg"):
         plan(tmp_path / "bad", items + twice)
     assert list((tmp_path / "bad" / ".segbatch" / "plans").iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_scratch_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_RUN_IDS", 7)
+    monkeypatch.setattr("tempfile.TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
+    with pytest.raises(StorageError, match=r"no space left for temporary files in .* set TMPDIR"):
+        plan(tmp_path, [image(i) for i in range(60)])
+    assert list((tmp_path / ".segbatch" / "plans").iterdir()) == []
 
 
 # -- changes ---------------------------------------------------------------------------------------------------------

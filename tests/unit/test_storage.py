@@ -286,6 +286,9 @@ def test_a_full_disk_of_temporary_files(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match=says), storage.scratch_folder():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    with pytest.raises(StorageError, match=says), storage.on_scratch_disk():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def spill(folder: str) -> None:
         with duckdb.connect() as db:
             db.execute(f"SET memory_limit='30MB'; SET threads=1; SET temp_directory='{folder}/spill'")

@@ -54,6 +54,7 @@ class Driver:
         self._progress_at = time.monotonic()
         self._skip: tuple[int, Any] = (0, {})
         self._exported = Exported()
+        self._places: tuple[str, ...] = ()
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -98,6 +99,7 @@ class Driver:
         if now - self._tended < _TICK_S:
             return
         self._tended = now
+        self._tell_workers()
         in_flight = sum(len(s.running) for s in self._pool.slots)
         self._exported.state(len(self._pool.slots), in_flight, self._control.meter.events)
         self._pool.follow_nodes()
@@ -108,6 +110,12 @@ class Driver:
             self._pool.let_idle_go()
         self._report()
         self._check_stalled(now)
+
+    def _tell_workers(self) -> None:
+        places = tuple(s.where for s in self._pool.slots if s.ready)
+        if places != self._places:
+            self._places = places
+            self._control.on_workers(places)
 
     # -- giving work -------------------------------------------------------------------------------------------
 
