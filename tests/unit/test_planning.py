@@ -166,7 +166,7 @@ def test_ids_that_occur_twice_are_found_beyond_the_memory(
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_scratch_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_RUN_IDS", 7)
-    monkeypatch.setattr("tempfile.TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
+    monkeypatch.setattr("tempfile.TemporaryFile", functools.partial(open, "/dev/full", "wb"))
     with pytest.raises(StorageError, match=r"no space left for temporary files in .* set TMPDIR"):
         plan(tmp_path, [image(i) for i in range(60)])
     assert list((tmp_path / ".segbatch" / "plans").iterdir()) == []
