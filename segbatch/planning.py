@@ -345,7 +345,8 @@ class _IdCheck:
     def close(self) -> None:
         """Drop what is on the disk."""
         if self._spill is not None:
-            self._spill.close()
+            with contextlib.suppress(OSError):  # what is left in its buffer is of no use, and has been complained of
+                self._spill.close()
 
 
 def _repeated(marks: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -315,7 +315,7 @@ class _Ids:
     def __enter__(self) -> "_Ids":
         return self
 
-    def __exit__(self, *error: Any) -> bool:
+    def __exit__(self, *error: Any) -> bool | None:
         self._db.close()
         return self._scratch.__exit__(*error)
 
