@@ -169,7 +169,7 @@ def test_a_full_scratch_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tempfile.TemporaryFile", functools.partial(open, "/dev/full", "wb"))
     with pytest.raises(StorageError, match=r"no space left for temporary files in .* set TMPDIR"):
         plan(tmp_path, [image(i) for i in range(60)])
-    assert list((tmp_path / ".segbatch" / "plans").iterdir()) == []
+    assert list(tmp_path.rglob("plans/*")) == []
 
 
 # -- changes ---------------------------------------------------------------------------------------------------------
