@@ -88,11 +88,12 @@ class Heartbeat:
         self._began = 0.0
         self._done = (0, 0)
         self._history = deque([(time.monotonic(), 0)])
-        self._over = threading.Event()
+        self._over = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Say so once, then every ``BEAT_S``.
+        """Say so once, then every ``BEAT_S``, and whenever the actors are others.
 
         Raises:
             StorageError: the first one cannot be written.
@@ -122,6 +123,7 @@ class Heartbeat:
         """Its actors are there now."""
         with self._lock:
             self._said = replace(self._said, workers=tuple(places))
+        self._wake.set()
 
     def end(self) -> None:
         """Nothing is in flight any more."""
@@ -130,7 +132,8 @@ class Heartbeat:
 
     def close(self) -> None:
         """Take the file away; a store that refuses is not worth an error."""
-        self._over.set()
+        self._over = True
+        self._wake.set()
         if self._thread.is_alive():
             self._thread.join(BEAT_S)  # a store that hangs does not hold the end of the run
         try:
@@ -139,7 +142,11 @@ class Heartbeat:
             return
 
     def _beat(self) -> None:
-        while not self._over.wait(BEAT_S):
+        while True:
+            self._wake.wait(BEAT_S)
+            self._wake.clear()
+            if self._over:
+                return
             try:
                 self._put()
             except StorageError:

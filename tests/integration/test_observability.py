@@ -100,7 +100,7 @@ def test_prometheus_and_opentelemetry_see_what_was_done(tmp_path: Path, collecto
 @pytest.mark.ray
 def test_status_tells_where_the_actors_are(tmp_path: Path, ray_session: Path) -> None:
     """Node, process and log of each; a signal has the process write its stacks there."""
-    source, out = photos.folder(tmp_path / "in", 16), tmp_path / "out"
+    source, out = photos.folder(tmp_path / "in", 48), tmp_path / "out"
     work = threading.Thread(target=doubles.predict, args=(doubles.SlowModel(seconds=0.3), source, out))
     work.start()
     found: tuple[str, ...] = ()
