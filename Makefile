@@ -44,14 +44,15 @@ SERVERS := ray or flows or s3
 unit: install
 	$(PARALLEL) tests/unit tests/contract tests/golden -m "not ($(SERVERS) or slow or long)" --hypothesis-profile quick
 
-# First what needs no server, in parallel; then one Ray, one Prefect and one S3 server for all the rest.
+# First what needs no server; then two processes, one with Ray for all its tests, one with Prefect and S3 for theirs.
+WITH_SERVERS := $(BIN)/pytest --numprocesses 2 --dist loadgroup tests/flows tests/integration tests/contract
 test: install $(S3_STAMP)
 	$(PARALLEL) tests -m "not ($(SERVERS) or slow)"
-	$(BIN)/pytest tests -m "($(SERVERS)) and not slow"
+	$(WITH_SERVERS) -m "($(SERVERS)) and not slow"
 
 test-all: install $(S3_STAMP)
-	$(PARALLEL) tests -m "not ($(SERVERS) or slow)"
-	$(BIN)/pytest tests -m "$(SERVERS) or slow"
+	$(PARALLEL) tests -m "not ($(SERVERS))"
+	$(WITH_SERVERS) -m "$(SERVERS)"
 
 bench: install
 	$(BIN)/python tests/bench/run.py

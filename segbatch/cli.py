@@ -148,7 +148,7 @@ def predict(
     also: Annotated[tuple[str, ...], Parameter(name="--also", negative=())] = (),
     classes: str = "",
     batch_size: str = "auto",
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     min_agreement: float = 0.99,
     where: str = "",
     limit: int = 0,
@@ -173,8 +173,8 @@ def predict(
         classes: File that names the model's classes, where the model itself does not.
         batch_size: Photos per call of the model.
         dtype: Number format that the model computes in. auto measures, on some of the photos, which is fastest and
-            still agrees with float32; fewer than 64 photos are done in float32. `--set inference.engine=` chooses
-            between eager, openvino and inductor.
+            still agrees with float32; fewer than 64 photos are done in float32. float16 is for GPUs.
+            `--set inference.engine=` chooses between eager, openvino, inductor and cudagraphs.
         min_agreement: Smallest share of pixels on which a faster way of computing must agree with float32.
         where: SQL condition over the columns of the samples table.
         limit: Take only the first so many images.

@@ -85,8 +85,9 @@ class ExecutionConfig(Config):
 
     Attributes:
         device: ``cpu``, ``cuda``, or ``auto``: the GPU where the driver's machine has one that torch can use.
-        dtype: ``float32``, ``bfloat16``, or ``auto``: the fastest that agrees with float32 (on a GPU float16, too).
-        engine: ``eager`` (torch as it is), ``openvino``, ``inductor`` (torch.compile), or ``auto``: the fastest.
+        dtype: ``float32``, ``bfloat16``, ``float16`` (on a GPU), or ``auto``: the fastest that agrees with float32.
+        engine: ``eager`` (torch as it is), ``openvino`` (on a CPU), ``inductor`` (torch.compile), ``cudagraphs`` (on a
+            GPU: full batches of a semantic network), or ``auto``: the fastest; on a GPU that is ``eager``.
         min_agreement: on a smaller share of the pixels of some of the input's own photos no format or engine may agree
             with float32 in torch.
         decode: ``full``; or ``scaled``: a JPEG with at least four times the pixels, along each side, of what the model
@@ -95,8 +96,8 @@ class ExecutionConfig(Config):
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    engine: Literal["auto", "eager", "openvino", "inductor"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    engine: Literal["auto", "eager", "openvino", "inductor", "cudagraphs"] = "auto"
     min_agreement: float = Field(default=0.99, ge=0, le=1)
     decode: Literal["full", "scaled"] = "full"
 

@@ -21,6 +21,18 @@ settings.load_profile("default")
 PROJECT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs Ray goes to one process, what needs Prefect or S3 alone to another (``--dist loadgroup``)."""
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"ray", "flows", "s3"}:
+            if item.path.parent.name not in ("flows", "integration", "contract"):
+                raise pytest.UsageError(f"{item.nodeid} needs a server: make test looks for such tests elsewhere")
+            group = "prefect" if "flows" in marks or "ray" not in marks else "ray"
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Path of a real dataset or weights: from $SEGBATCH_TEST_DATA or ../shared; skips, by name, where absent."""

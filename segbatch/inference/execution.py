@@ -29,7 +29,7 @@ from segbatch.records import Prediction
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Engine = Literal["eager", "openvino", "inductor"]
+Engine = Literal["eager", "openvino", "inductor", "cudagraphs"]
 
 MIN_PHOTOS = 64
 """For fewer photos nothing is measured, unless asked for: they are done before it has paid."""
@@ -268,14 +268,16 @@ def decide_on_gpu(
         wanted: see ``ExecutionConfig``.
 
     Raises:
-        ConfigError: a model that torch does not run, or no format that agrees.
+        ConfigError: a model that torch does not run, an engine of the CPU, or no format that agrees.
     """
     from segbatch.inference import gpu
 
     wanted = wanted or ExecutionConfig()
     formats: tuple[Dtype, ...] = ("float16", "bfloat16", "float32")
     said = [d for d in formats if wanted.dtype in ("auto", d)]
-    engine: Engine = "inductor" if wanted.engine == "inductor" else "eager"
+    if wanted.engine == "openvino":
+        raise ConfigError("OpenVINO computes on the CPU alone", "leave --device at cpu")
+    engine: Engine = "eager" if wanted.engine == "auto" else wanted.engine
     plain = Predictor(load(), 1)
     reference = [plain.predict(photo) for photo in photos[:_GPU_PHOTOS]]
     trials: list[Trial] = []
@@ -407,6 +409,9 @@ class _Calibration:
 
     def _refuse_impossible(self) -> None:
         name = f"model {self._segmenter.spec.name}"
+        if self._wanted.dtype == "float16" or self._wanted.engine == "cudagraphs":
+            asked = self._wanted.dtype if self._wanted.dtype == "float16" else "CUDA graphs"
+            raise ConfigError(f"this run computes on the CPU: no {asked} there", "leave it at auto")
         if self._wanted.dtype == "bfloat16" and not bfloat16_instructions():
             raise ConfigError("this processor has no bfloat16 instructions", "leave --dtype at auto")
         if not self._parts and (self._wanted.dtype == "bfloat16" or self._wanted.engine in ("openvino", "inductor")):

@@ -149,6 +149,9 @@ LOADERS: Mapping[str, Loader] = {
 }
 """Loaders of other people's files by the name in ``loader:reference``."""
 
+_LOADER_OF = {"onnx": "onnx", "pt2": "pt2", "tflite": "litert"}
+"""Endings of file names that say which loader is meant."""
+
 
 def loaders() -> dict[str, Loader]:
     """All loaders by name, those of other packages included."""
@@ -185,5 +188,7 @@ def _unknown(reference: str, name: str, nets: Mapping[str, Any], others: Mapping
         )
     if name in others:
         return ConfigError(f"model {reference}: {name} is a loader", f"give what it should load, as {name}:path-or-uri")
+    if loader := _LOADER_OF.get(reference.rpartition(".")[2]):
+        return ConfigError(f"model {reference} names no loader", f"give it as {loader}:{reference}")
     known = [*(f"{n}@checkpoint" for n in sorted(nets)), *(f"{n}:reference" for n in sorted(others))]
     return ConfigError(f"unknown model {reference}{nearest(name, [*nets, *others])}", f"known: {', '.join(known)}")

@@ -71,7 +71,7 @@ def _read(uri: str) -> Execution | None:
 
 
 def _decided(run: Run, todo: Shards, model: ModelSource, wanted: ExecutionConfig, max_pixels: int) -> Execution:
-    asked = wanted.dtype == "bfloat16" or wanted.engine not in ("auto", "eager")
+    asked = wanted.dtype in ("bfloat16", "float16") or wanted.engine not in ("auto", "eager")
     if tables.parts(storage.join(run.root, run.table)):
         return Execution(batch_size=0, why="as this output was begun")
     has_parts = bool(getattr(model, "has_parts", False))

@@ -10,6 +10,7 @@ import numpy as np
 import photos
 import pytest
 import torch
+from fake_device import FakeDevice
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -193,6 +194,33 @@ def test_on_a_gpu_the_fastest_format_that_agrees_is_taken(monkeypatch: pytest.Mo
     monkeypatch.setattr(execution, "agreement", lambda a, b: execution.Agreement(1, 2))
     with pytest.raises(ConfigError, match="bfloat16 agrees with float32 on 50 % of pixels, less than 99 %"):
         execution.decide_on_gpu(tiny, SOME, wanted(dtype="bfloat16"))
+    with pytest.raises(ConfigError, match="OpenVINO computes on the CPU alone"):
+        execution.decide_on_gpu(tiny(), SOME, wanted(engine="openvino"))
+
+
+@pytest.mark.parametrize(
+    ("said", "word"), [({"dtype": "float16"}, "float16"), ({"engine": "cudagraphs"}, "CUDA graph")]
+)
+def test_what_is_for_gpus_is_refused_on_a_cpu(said: dict[str, str], word: str) -> None:
+    with pytest.raises(ConfigError, match=f"this run computes on the CPU: no {word}"):
+        decide(tiny(), SOME, 10**6, wanted(**said))
+
+
+def test_on_a_gpu_the_engine_that_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from segbatch.inference import gpu
+
+    device = FakeDevice()
+    real = gpu.accelerated
+    monkeypatch.setattr(gpu, "accelerated", lambda segmenter, way: real(segmenter, way, device))
+    monkeypatch.setattr(gpu, "best_batch_size", lambda segmenter, image: 2)
+    found = execution.decide_on_gpu(tiny, SOME, wanted(dtype="float32", engine="cudagraphs"))
+    assert (found.engine, found.dtype, found.batch_size) == ("cudagraphs", "float32", 2)
+    assert found.agreement and found.agreement > 0.999
+    chosen = Predictor(real(tiny(), found, device), found.batch_size)
+    image = chosen.prepare(SOME[0])
+    before = [what for what, _ in device.log].count("record")
+    chosen.forward([image, image])
+    assert [what for what, _ in device.log].count("record") == before + 1
 
 
 # -- applying --------------------------------------------------------------------------------------------------------

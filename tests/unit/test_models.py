@@ -34,6 +34,7 @@ def save_unet(folder: Path, seed: int = 0, config: UNetConfig = SMALL) -> str:
         ("unett@x", ["unknown model unett@x", "did you mean unet?", "unet@checkpoint", "litert:reference"]),
         ("unet", ["no trained weights", "segbatch train"]),
         ("unet:x", ["no trained weights", "unet@"]),
+        ("/w/net.tflite", ["names no loader", "litert:/w/net.tflite"]),
         ("litert", ["is a loader", "litert:path-or-uri"]),
         ("litert@x.tflite", ["is a loader"]),
         ("", ["unknown model"]),
