@@ -117,12 +117,16 @@ class Failures:
 
     def again(self, shard: ShardRef, reason: str, where: str = "") -> bool:
         """Note a failed attempt, and where it was made; whether there may be another."""
-        count = self._counts[shard.number] = self._counts.get(shard.number, 0) + 1
+        count = self._counts[shard.number] = self.count(shard.number) + 1
         place = f" {where}" if where else ""
         log.warning("shard %d failed%s (attempt %d of %d): %s", shard.number, place, count, self._attempts, reason)
         if count >= self._attempts:
             self._for_good[shard.number] = reason, where
         return count < self._attempts
+
+    def count(self, number: int) -> int:
+        """How many attempts at a shard have failed."""
+        return self._counts.get(number, 0)
 
     def check(self) -> None:
         """Call when everything else is done.

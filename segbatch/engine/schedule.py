@@ -1,4 +1,7 @@
-"""Which shard is worked on next: a queue, failed attempts, and second copies of shards that take too long."""
+"""Which shard is worked on next: a queue, failed attempts, and second copies of shards that take too long.
+
+A shard that has failed is worked on alone: of those that were in flight together, it may have been another's fault.
+"""
 
 import statistics
 from collections import deque
@@ -27,6 +30,7 @@ class Schedule:
     def __init__(self, shards: Iterable[ShardRef], attempts: int, patience: float) -> None:
         self._fresh = iter(shards)
         self._waiting: deque[ShardRef] = deque()
+        self._suspects: deque[ShardRef] = deque()  # waiting, too, for an actor with nothing else
         self._failures = Failures(attempts)
         self._patience = patience
         self._copies: dict[int, int] = {}
@@ -35,9 +39,10 @@ class Schedule:
 
     def queued(self, wanted: int) -> int:
         """How many shards wait, counted up to ``wanted``: the rest of them stay in their stream."""
-        while len(self._waiting) < wanted and (shard := next(self._fresh, None)) is not None:
+        failed = len(self._suspects)
+        while failed + len(self._waiting) < wanted and (shard := next(self._fresh, None)) is not None:
             self._waiting.append(shard)
-        return len(self._waiting)
+        return failed + len(self._waiting)
 
     def has_work(self) -> bool:
         """Whether a shard waits or is in flight without a finished copy."""
@@ -47,11 +52,16 @@ class Schedule:
         """Whether a shard in flight is not finished yet."""
         return number in self._copies and number not in self._finished
 
-    def take(self) -> ShardRef | None:
-        """The next shard, in flight from now on; None when none waits."""
-        if not self.queued(1):
+    def take(self, beside: Iterable[int] = ()) -> ShardRef | None:
+        """The next shard, in flight from now on, for an actor with the shards ``beside``; None when none is for it."""
+        others = list(beside)
+        if any(self._failures.count(number) for number in others):
             return None
-        return self.copy(self._waiting.popleft())
+        if self._suspects and not others:
+            return self.copy(self._suspects.popleft())
+        if self.queued(len(self._suspects) + 1) > len(self._suspects):
+            return self.copy(self._waiting.popleft())
+        return None
 
     def copy(self, shard: ShardRef) -> ShardRef:
         """One more copy of it is in flight."""
@@ -74,12 +84,12 @@ class Schedule:
     def failed(self, shard: ShardRef, reason: str, where: str = "") -> None:
         """A copy came to nothing: an attempt is charged and the shard waits again, unless another copy goes on."""
         if self._end(shard) and self._failures.again(shard, reason, where):
-            self._waiting.append(shard)
+            self._suspects.append(shard)
 
     def put_back(self, shard: ShardRef) -> None:
         """A copy was given up for a reason that is not the shard's own: it is next, and no attempt is charged."""
         if self._end(shard):
-            self._waiting.appendleft(shard)
+            (self._suspects if self._failures.count(shard.number) else self._waiting).appendleft(shard)
 
     def straggler(self, running: Iterable[tuple[ShardRef, float]]) -> ShardRef | None:
         """The one that is latest among those in flight, each with its seconds so far; None when all are in time.

@@ -64,6 +64,22 @@ def test_failure_of_one_copy_is_none() -> None:
     schedule.check()
 
 
+def test_what_has_failed_is_worked_on_alone() -> None:
+    """Else a shard that waits behind one that hangs would fail as often as that one."""
+    schedule = Schedule(shards(4), 3, 0.0)
+    first, second = taken(schedule), taken(schedule)
+    schedule.failed(first, "nothing was done")
+    schedule.failed(second, "nothing was done")
+    third = schedule.take(beside=[99])
+    assert third is not None and third.number == 2, "an actor with work gets what has not failed"
+    assert schedule.take() == first and schedule.take(beside=[first.number]) is None, "and nothing comes beside it"
+    fourth = schedule.take(beside=[third.number])
+    assert fourth is not None and fourth.number == 3
+    assert schedule.take(beside=[third.number]) is None and schedule.queued(9) == 1
+    schedule.put_back(first)
+    assert [schedule.take(), schedule.take(), schedule.take()] == [first, second, None]
+
+
 def test_attempts_are_counted_where_they_are_charged() -> None:
     schedule, (shard,) = paced(1)
     for _ in range(5):

@@ -137,7 +137,7 @@ class Driver:
     def _feed(self, slot: Slot, depth: int) -> None:
         if not slot.ready or self._control.stop.is_set():
             return
-        while len(slot.running) < depth and (shard := self._schedule.take()) is not None:
+        while len(slot.running) < depth and (shard := self._schedule.take(slot.running)) is not None:
             self._run(slot, shard)
 
     def _run(self, slot: Slot, shard: ShardRef) -> None:
