@@ -129,7 +129,8 @@ C = TypeVar("C", bound=BaseModel)
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """``; did you mean x?`` or nothing, for error messages."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1) or [n for n in names if word and n.startswith(word)]
     return f"; did you mean {close[0]}?" if close else ""
 
 

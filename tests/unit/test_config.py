@@ -81,4 +81,6 @@ def test_differences() -> None:
 
 def test_nearest() -> None:
     assert nearest("unett", ["unet", "color"]) == "; did you mean unet?"
+    assert nearest("coco", ["color", "coco-stuff"]) == "; did you mean color?"
+    assert nearest("coco", ["camvid", "coco-stuff"]) == "; did you mean coco-stuff?"
     assert nearest("zzz", ["unet", "color"]) == ""
