@@ -9,14 +9,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from segbatch.config import EngineConfig
-from segbatch.engine.ray_actors import actor, nodes
+from segbatch.engine.ray_actors import actor, cluster
 from segbatch.engine.ray_actors.actor import Place, Remains
-from segbatch.engine.ray_actors.errors import last_line
+from segbatch.engine.ray_actors.cluster import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    last_line,
+)
 from segbatch.engine.ray_actors.pool import Slot
 from segbatch.records import ShardRef
 
@@ -98,7 +101,7 @@ class Autopsies:
         place = death.slot.place
         if death.stuck and place is not None:
             self._on_node(place.node, actor.write_stacks, place)
-        ray.kill(death.slot.handle)  # a dead one may only be out of reach
+        cluster.kill(death.slot.handle)  # a dead one may only be out of reach
         remains = self._remains(place)
         _tell(death, remains)
         suspects = [
@@ -121,13 +124,12 @@ class Autopsies:
         return found or Remains([], [])
 
     def _on_node(self, node: str, function: Any, *arguments: Any) -> Any:
-        place = NodeAffinitySchedulingStrategy(node, soft=False)
         try:
-            if all(n["NodeID"] != node for n in nodes.alive()):
+            if all(n["NodeID"] != node for n in cluster.nodes()):
                 raise _GivenUp("it has left the cluster")
-            asked = function.options(scheduling_strategy=place).remote(*arguments)
+            asked = cluster.ask_node(function, node, *arguments)
             self._wait(asked, _NODE_S, self._closing)
-            return ray.get(asked, timeout=0)
+            return cluster.get(asked, timeout_s=0)
         except (_GivenUp, RayError) as error:
             log.warning("node %s cannot be asked: %s", node, last_line(error))
             return None
@@ -137,12 +139,12 @@ class Autopsies:
         with self._prober(node) as prober:
             opening = prober.open.remote(self._task, self._threads)
             self._wait(opening, self._stall_s, self._stop, self._closing)
-            ray.get(opening, timeout=0)
+            cluster.get(opening, timeout_s=0)
             for shard, sample_id in suspects:
                 probing = prober.probe.remote(shard, sample_id)
                 try:
                     self._wait(probing, self._hang_s, self._stop, self._closing)
-                    ray.get(probing, timeout=0)
+                    cluster.get(probing, timeout_s=0)
                 except GetTimeoutError:
                     return Culprit(shard, sample_id, f"processing this image took longer than {self._hang_s:g} s")
                 except (RayActorError, OutOfMemoryError):
@@ -155,18 +157,16 @@ class Autopsies:
 
     @contextlib.contextmanager
     def _prober(self, node: str) -> Iterator[Any]:
-        place = NodeAffinitySchedulingStrategy(node, soft=False)
-        options = {**self._resources, "max_restarts": 0, "scheduling_strategy": place}
-        prober: Any = ray.remote(actor.Prober).options(**options).remote()
+        prober = cluster.start_actor(actor.Prober, self._resources, node)
         try:
             yield prober
         finally:
-            ray.kill(prober)
+            cluster.kill(prober)
 
     def _wait(self, reference: Any, seconds: float, *until: threading.Event) -> None:
         """Wait for so long at most, and not when it is time to end."""
         end = time.monotonic() + seconds
-        while not ray.wait([reference], timeout=max(min(_TICK_S, end - time.monotonic()), 0))[0]:
+        while not cluster.wait([reference], max(min(_TICK_S, end - time.monotonic()), 0)):
             if any(event.is_set() for event in until):
                 raise _GivenUp("the run is stopped")
             if time.monotonic() > end:

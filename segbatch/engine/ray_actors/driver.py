@@ -10,15 +10,12 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import ray
-from ray.exceptions import RayTaskError
-
 from segbatch.config import EngineConfig
 from segbatch.engine.base import Control, worth_repeating
-from segbatch.engine.ray_actors import nodes
+from segbatch.engine.ray_actors import cluster
 from segbatch.engine.ray_actors.actor import Figures, Place
 from segbatch.engine.ray_actors.autopsy import Autopsies, Culprit, Death
-from segbatch.engine.ray_actors.errors import cause, last_line
+from segbatch.engine.ray_actors.cluster import RayTaskError, cause, last_line
 from segbatch.engine.ray_actors.exported import Exported
 from segbatch.engine.ray_actors.pool import Events, Pool, Running, Slot, when_done
 from segbatch.engine.schedule import Schedule
@@ -43,7 +40,7 @@ class Driver:
         self._config, self._control = config, control
         self._events: Events = SimpleQueue()
         self._pool = Pool(config, task, self._events)
-        self._task = ray.put(task)
+        self._task = cluster.put(task)
         self._schedule = Schedule(shards, config.attempts, config.speculate)
         resources, threads = self._pool.resources(), self._pool.threads
         self._autopsies = Autopsies(config, self._task, threads, resources, control.stop, control.quarantine)
@@ -73,7 +70,7 @@ class Driver:
 
     def close(self) -> None:
         """End every actor."""
-        if not ray.is_initialized():
+        if not cluster.is_up():
             return
         self._autopsies.close()
         self._pool.kill()
@@ -149,7 +146,7 @@ class Driver:
         """The quarantine, put where actors find it once for each time that it grows."""
         count, reference = self._skip
         if count != len(self._control.quarantine):
-            count, reference = len(self._control.quarantine), ray.put(dict(self._control.quarantine))
+            count, reference = len(self._control.quarantine), cluster.put(dict(self._control.quarantine))
             self._skip = count, reference
         return reference
 
@@ -181,7 +178,7 @@ class Driver:
             deal(slot, future.result())
         elif isinstance(error, RayTaskError):
             self._pool.remove(slot)
-            ray.kill(slot.handle)
+            cluster.kill(slot.handle)
             self._bad_start(cause(error))
         else:
             self._bury(slot, last_line(error))
@@ -309,8 +306,8 @@ class Driver:
             )
         if logs:
             raise EngineError(f"the model was not loaded in {waited:.0f} s", f"{logs}; {longer}")
-        free = ray.available_resources()  # type: ignore[no-untyped-call]
-        sizes, share = nodes.sizes(nodes.alive()), self._pool.share
+        free = cluster.free()
+        sizes, share = cluster.sizes(cluster.nodes()), self._pool.share
         gpus = f" and {share.gpus:g} GPUs ({free.get('GPU', 0):g} are free)" if share.gpus else ""
         raise EngineError(
             f"no actor could start in {waited:.0f} s: one needs {share.cpus} CPUs{gpus}, {free.get('CPU', 0):g} of "

@@ -10,15 +10,12 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-
 from segbatch.config import EngineConfig
 from segbatch.engine.base import uses_gpu
 from segbatch.engine.layout import Share, layout, places, within
-from segbatch.engine.ray_actors import nodes
+from segbatch.engine.ray_actors import cluster
 from segbatch.engine.ray_actors.actor import Actor, Place
-from segbatch.engine.ray_actors.errors import last_line
+from segbatch.engine.ray_actors.cluster import RayError, last_line
 from segbatch.errors import ConfigError
 from segbatch.records import ShardRef
 from segbatch.runs import Task
@@ -94,10 +91,10 @@ class Pool:
         self._most = config.actors or config.max_actors
         self._least = config.actors or config.min_actors
         self._concurrency = config.in_flight + 2  # while shards run, it tells its figures and may be told to leave
-        found = nodes.alive()
+        found = cluster.nodes()
         self._seen = {n["NodeID"] for n in found}
         self._looked = time.monotonic()
-        sizes = nodes.sizes(found)
+        sizes = cluster.sizes(found)
         gpus = config.gpus_per_actor or float(uses_gpu(task) and any(n.gpus >= 1 for n in sizes))
         if gpus and not any(places([n], Share(1, gpus)) for n in sizes):
             raise ConfigError(
@@ -109,8 +106,7 @@ class Pool:
 
     def start(self) -> Slot:
         """One more actor; it opens nothing before it is told to."""
-        options = {**self.resources(), "max_restarts": 0, "max_concurrency": self._concurrency}
-        slot = Slot(ray.remote(Actor).options(**options).remote())
+        slot = Slot(cluster.start_actor(Actor, self.resources(), calls=self._concurrency))
         self.slots.append(slot)
         return slot
 
@@ -134,14 +130,14 @@ class Pool:
             return
         self._looked = now
         try:
-            found = nodes.alive()
+            found = cluster.nodes()
         except (RayError, RuntimeError) as error:  # its head may be restarting
             log.warning("the cluster's nodes cannot be listed: %s", last_line(error))
             return
         ids = {n["NodeID"] for n in found}
         if ids != self._seen:
             before, self._seen = self.wanted, ids
-            self.wanted = within(places(nodes.sizes(found), self.share), self._least, self._most)
+            self.wanted = within(places(cluster.sizes(found), self.share), self._least, self._most)
             log.info("the cluster has %d nodes: %d actors instead of %d", len(ids), self.wanted, before)
 
     def let_idle_go(self) -> None:
@@ -161,12 +157,12 @@ class Pool:
         """End every actor; what they had in flight is not lost, only not done."""
         parting = [s.handle.forget.remote() for s in self.slots if s.place is not None]
         if parting:
-            ray.wait(parting, num_returns=len(parting), timeout=_PARTING_S)
+            cluster.wait(parting, _PARTING_S)
         for handle in [*self._leaving, *(s.handle for s in self.slots)]:
-            ray.kill(handle)
+            cluster.kill(handle)
         for slot in self.slots:
             slot.gone = True
-        here = ray.get_runtime_context().get_node_id()
+        here = cluster.this_node()
         pids = [s.place.pid for s in self.slots if s.place is not None and s.place.node == here]
         until = time.monotonic() + _PARTING_S
         while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < until:
@@ -175,4 +171,4 @@ class Pool:
 
 
 def _kill(handle: Any, _: "Future[Any]") -> None:
-    ray.kill(handle)
+    cluster.kill(handle)
