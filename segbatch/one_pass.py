@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -156,6 +156,19 @@ class _Runs(Run):
         return iter(())
 
 
+class _Watched:
+    """A Watch of the pass that tells each root's heartbeat where the actors are."""
+
+    def __init__(self, watch: Watch, beats: Iterable[Heartbeat]) -> None:
+        self._beats = tuple(beats)
+        self.say, self.begin, self.advance, self.end = watch.say, watch.begin, watch.advance, watch.end
+
+    def work_at(self, places: Sequence[str]) -> None:
+        """See ``SeesWorkers``."""
+        for beat in self._beats:
+            beat.work_at(places)
+
+
 def check_aliases(aliases: Iterable[str]) -> None:
     """Raises ConfigError where one cannot be the name of a folder, or stands twice."""
     given = list(aliases)
@@ -187,7 +200,7 @@ def carry_out_together(
             runs[alias], listing = opened(job)
             beats[alias] = stack.enter_context(drivers.beating(runs[alias].root, job.verb))
             rounds[alias] = planned(runs[alias], job, listing, options)
-        _shared(jobs, _Runs(root, runs, done, beats), limits, options, watch)
+        _shared(jobs, _Runs(root, runs, done, beats), limits, options, _Watched(watch, beats.values()))
         watches = {alias: Beating(watch, beat) for alias, beat in beats.items()}
         return _finished(jobs, runs, rounds, limits, options, watches, done)
 

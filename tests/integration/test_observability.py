@@ -17,7 +17,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from segbatch import drivers
+from segbatch import api, drivers
+from segbatch.config import RunOptions
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 PHOTOS = 24
@@ -117,3 +118,20 @@ def test_status_tells_where_the_actors_are(tmp_path: Path, ray_session: Path) ->
     assert "in run" in Path(said[2]).read_text()
     work.join()
     assert drivers.look([str(out)])[str(out)] == []
+
+
+@pytest.mark.ray
+def test_status_tells_where_the_actors_of_several_models_are(tmp_path: Path, ray_session: Path) -> None:
+    source, out = photos.folder(tmp_path / "in", 24), tmp_path / "out"
+    models = {alias: doubles.SlowModel(seconds=0.3) for alias in ("a", "b")}
+    options = RunOptions.model_validate({"plan": {"shard_rows": 8}, "engine": {"kind": "ray"}})
+    work = threading.Thread(target=api.predict_many, args=(models, str(source), str(out)), kwargs={"options": options})
+    work.start()
+    roots = [str(out / alias) for alias in models]
+    found: list[tuple[str, ...]] = []
+    until = time.monotonic() + 60
+    while not (found and all(found)) and work.is_alive() and time.monotonic() < until:
+        time.sleep(0.2)
+        found = [d.workers for drivers_of in drivers.look(roots).values() for d in drivers_of]
+    work.join()
+    assert len(found) == 2 and found[0] == found[1] and "on node" in found[0][0]
