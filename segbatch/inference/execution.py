@@ -9,6 +9,7 @@ are kept channels last in memory: that was the faster one of the two for every n
 
 import functools
 import itertools
+import logging
 import math
 import os
 import time
@@ -26,6 +27,8 @@ from segbatch.inference.pipeline import Predictor, Prepared, Raw, auto_batch_siz
 from segbatch.models.base import Segmenter
 from segbatch.models.parts import parts_of
 from segbatch.records import Prediction
+
+log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -163,6 +166,7 @@ def apply(segmenter: Segmenter, execution: Execution, threads: int = 1) -> Segme
     if execution.plain:
         return segmenter
     if execution.dtype == "bfloat16" and not bfloat16_instructions():
+        log.warning("this run computes in bfloat16, but the processor of this node cannot: float32 here")
         execution = replace(execution, dtype="float32")
     photo = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     from segbatch.inference.openvino_graphs import CannotConvertError

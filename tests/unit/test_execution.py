@@ -244,11 +244,14 @@ def test_labels_are_those_of_torch(engine: Any, dtype: Any) -> None:
             assert ours.class_confidence[label] == pytest.approx(mean, abs=0.02)
 
 
-def test_a_worker_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(execution, "bfloat16_instructions", lambda: False)
     way = Execution(engine="eager", dtype="bfloat16")
     ours = Predictor(execution.apply(tiny(), way), 1).predict(SOME[0])
     assert np.array_equal(ours.semantic, Predictor(tiny(), 1).predict(SOME[0]).semantic)  # type: ignore[arg-type]
+    assert "the processor of this node cannot" in caplog.text
 
 
 def test_a_worker_without_openvino_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
