@@ -17,7 +17,7 @@ def datasets() -> str:
     for name in sorted(registry.BUILT_IN):
         found = registry.dataset(name)
         formats = ", ".join(f"`{f}`" for f in found.formats)
-        protocol = f"`{metrics.default_protocol(name)}`" if "semantic" in found.tasks else ""
+        protocol = f"`{metrics.default_protocol(name, found.tasks)}`" if found.tasks else ""
         cells = [f"`{name}`", ", ".join(found.tasks), ", ".join(found.official_splits), formats, protocol]
         lines.append("| " + " | ".join(c or "–" for c in cells) + " |")
     return "\n".join(lines)
