@@ -8,13 +8,13 @@ Source: common/maskApi.c of pycocotools 2.0.11 (https://github.com/ppwwyyxx/coco
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 from segbatch.codecs._runlength_kernels import BLOCK, boundaries, count_runs, lowest_bit
 
 Text = NDArray[np.uint8]
@@ -39,21 +39,13 @@ NEW_LINE = 10
 
 EAST, SOUTH, WEST, NORTH = 0, 1, 2, 3
 
-_Part = TypeVar("_Part", bound=Callable[..., Any])
-
-
-def _part(function: _Part) -> _Part:
-    """A function that kernels call; it is compiled with them."""
-    return njit(function)  # type: ignore[no-any-return]
-
-
-_count_runs = _part(count_runs)
+_count_runs = part(count_runs)
 
 
 # ------------------------------------------------------------------------------------------------ strings
 
 
-@_part
+@part
 def _measure(text: Text, begin: Any, end: Any) -> tuple[Any, Any, Any]:
     """(runs or a mistake, pixels, pixels of the foreground) of ``text[begin:end]``."""
     runs = at = pixels = area = latest = earlier = np.int64(0)
@@ -95,7 +87,7 @@ def measure_all(text: Text, starts: Offsets, found: NDArray[np.int64]) -> None:
         found[i, 0], found[i, 1], found[i, 2] = _measure(text, starts[i], starts[i + 1])
 
 
-@_part
+@part
 def _read_number(text: Text, at: Any) -> tuple[Any, Any]:
     """The number at ``at`` and where the next one begins."""
     value, bits, digit = np.int64(0), np.int64(0), np.int64(32)
@@ -109,7 +101,7 @@ def _read_number(text: Text, at: Any) -> tuple[Any, Any]:
     return value, at
 
 
-@_part
+@part
 def _read_counts(text: Text, begin: Any, end: Any) -> Counts:
     counts = np.empty(end - begin, np.uint32)  # a count has one character or more
     runs = 0
@@ -123,7 +115,7 @@ def _read_counts(text: Text, begin: Any, end: Any) -> Counts:
     return counts[:runs]
 
 
-@_part
+@part
 def _write_number(text: Text, at: Any, value: Any) -> Any:
     """Write ``value`` at ``at``; gives where the next one goes."""
     more = True
@@ -136,7 +128,7 @@ def _write_number(text: Text, at: Any, value: Any) -> Any:
     return at
 
 
-@_part
+@part
 def _write_counts(counts: Counts) -> Text:
     text = np.empty(LONGEST_NUMBER * counts.size, np.uint8)
     at = np.int64(0)
@@ -159,7 +151,7 @@ def from_string(text: Text) -> Counts:
 # ------------------------------------------------------------------------------------------------ masks
 
 
-@_part
+@part
 def _run_ends(flat: Flat) -> Offsets:
     """Where each run of equal items ends."""
     ends = np.empty(_count_runs(flat), np.int64)
@@ -206,7 +198,7 @@ def paint(text: Text, starts: Offsets, values: Flat, flat: Flat) -> None:
                 flat[begin:end] = values[i]
 
 
-@_part
+@part
 def _grow_rows(begin: Any, end: Any, height: Any, top: Any, bottom: Any) -> tuple[Any, Any]:
     """First and last row seen, with those of the run ``begin..end``."""
     first, last = begin // height, (end - 1) // height
@@ -237,7 +229,7 @@ def bounding_box(text: Text, height: Any) -> tuple[Any, Any, Any, Any]:
 # ------------------------------------------------------------------------------------------------ several masks
 
 
-@_part
+@part
 def _merge_two(a: Counts, b: Counts, pixels: Any, intersect: Any) -> Counts:
     """The loop of rleMerge; it ends with the last pixel, not at two empty runs that meet."""
     merged = np.empty(a.size + b.size + 1, np.uint32)
@@ -278,7 +270,7 @@ def merge(text: Text, starts: Offsets, pixels: Any, intersect: Any) -> Text:
     return _write_counts(merged)
 
 
-@_part
+@part
 def _intervals(text: Text, starts: Offsets) -> tuple[Offsets, Offsets]:
     """Begin and end of every foreground run, in pairs, and where those of each mask start."""
     bounds = np.empty(text.size + 1, np.int64)
@@ -297,7 +289,7 @@ def _intervals(text: Text, starts: Offsets) -> tuple[Offsets, Offsets]:
     return bounds, first
 
 
-@_part
+@part
 def _shared(a: Offsets, i: Any, end_a: Any, b: Offsets, j: Any, end_b: Any) -> Any:
     """Pixels in both lists of intervals, ``a[i:end_a]`` and ``b[j:end_b]``."""
     pixels = np.int64(0)
@@ -322,12 +314,12 @@ def intersections(text_a: Text, starts_a: Offsets, text_b: Text, starts_b: Offse
 # ------------------------------------------------------------------------------------------------ maps of ids
 
 
-@_part
+@part
 def _byte(key: Any, shift: Any) -> Any:
     return np.int64((key >> np.uint64(shift)) & np.uint64(255))
 
 
-@_part
+@part
 def _sorted(keys: Keys, low_bit: Any) -> Keys:
     """``keys`` sorted by their bits from ``low_bit`` on; equal ones keep their order. Byte by byte, in linear time."""
     different = np.uint64(0)
@@ -351,7 +343,7 @@ def _sorted(keys: Keys, low_bit: Any) -> Keys:
     return keys
 
 
-@_part
+@part
 def _characters(pixels: Any) -> Any:
     """Most characters of a number between -pixels and pixels."""
     characters = 1
@@ -360,7 +352,7 @@ def _characters(pixels: Any) -> Any:
     return characters
 
 
-@_part
+@part
 def _runs_by_id(flat: Flat, ends: Offsets) -> Keys:
     """``id << 32 | run``, sorted."""
     keys = np.empty(ends.size, np.uint64)
@@ -369,7 +361,7 @@ def _runs_by_id(flat: Flat, ends: Offsets) -> Keys:
     return _sorted(keys, 32)
 
 
-@_part
+@part
 def _groups(keys: Keys, skipped: Counts) -> Offsets:
     """First and past-the-last place in ``keys`` of every id that is not skipped, in pairs."""
     groups = np.empty(2 * keys.size, np.int64)
@@ -384,14 +376,14 @@ def _groups(keys: Keys, skipped: Counts) -> Offsets:
     return groups[:size]
 
 
-@_part
+@part
 def _run(keys: Keys, place: Any, ends: Offsets) -> tuple[Any, Any]:
     """Begin and end of the run that ``keys[place]`` names."""
     run = np.int64(keys[place] & np.uint64(0xFFFFFFFF))
     return ends[run - 1] if run else np.int64(0), ends[run]
 
 
-@_part
+@part
 def _write_instance(
     keys: Keys, first: Any, past: Any, ends: Offsets, height: Any, box: NDArray[np.int64], text: Text, at: Any
 ) -> tuple[Any, Any]:
@@ -436,7 +428,7 @@ def instances(flat: Flat, height: Any, skipped: Counts) -> tuple[Counts, Offsets
 # ------------------------------------------------------------------------------------------------ polygons
 
 
-@_part
+@part
 def _columns_crossed(x: Any, next_x: Any, width: Any) -> tuple[Any, Any]:
     """First and past-the-last pixel column whose middle line an edge crosses, of those in the image.
 
@@ -445,13 +437,13 @@ def _columns_crossed(x: Any, next_x: Any, width: Any) -> tuple[Any, Any]:
     return max((min(x, next_x) + 2) // 5, 0), min((max(x, next_x) + 2) // 5, width)
 
 
-@_part
+@part
 def _row_of(v: Any, height: Any) -> Any:
     """The first pixel row below a crossing ``v`` fifths of a pixel down: ceil((v + 0.5) / 5 - 0.5), in the image."""
     return min((max(v, 0) + 2) // 5, height)
 
 
-@_part
+@part
 def _cross_flat_edge(x: Any, y: Any, dx: Any, dy: Any, columns: Any, height: Any, places: Any) -> None:
     """Where an edge that is wider than high, or square, crosses ``columns``; it runs to the right."""
     slope = np.float64(dy) / np.float64(dx)
@@ -461,7 +453,7 @@ def _cross_flat_edge(x: Any, y: Any, dx: Any, dy: Any, columns: Any, height: Any
         places[column - columns[0]] = column * height + row
 
 
-@_part
+@part
 def _cross_steep_edge(x: Any, y: Any, dx: Any, dy: Any, columns: Any, height: Any, places: Any) -> None:
     """Where an edge that is higher than wide crosses ``columns``; it runs down.
 
@@ -479,7 +471,7 @@ def _cross_steep_edge(x: Any, y: Any, dx: Any, dy: Any, columns: Any, height: An
         places[column - columns[0]] = column * height + _row_of(y + step - 1, height)
 
 
-@_part
+@part
 def _crossings(x: Offsets, y: Offsets, height: Any, width: Any, total: Any) -> Keys:
     """``column * height + row`` of every place where the closed outline crosses the middle line of a column."""
     places = np.empty(total, np.uint64)
@@ -501,7 +493,7 @@ def _crossings(x: Offsets, y: Offsets, height: Any, width: Any, total: Any) -> K
     return places
 
 
-@_part
+@part
 def _counts_between(places: Keys, pixels: Any) -> Counts:
     """Run lengths that change at every one of the sorted places which is there an odd number of times."""
     counts = np.empty(places.size + 1, np.uint32)
@@ -523,7 +515,7 @@ def _counts_between(places: Keys, pixels: Any) -> Counts:
     return counts[:runs]
 
 
-@_part
+@part
 def _fifths(xy: NDArray[np.float64]) -> tuple[Offsets, Offsets]:
     """The closed outline in fifths of a pixel, rounded as C does."""
     points = xy.size // 2
@@ -535,7 +527,7 @@ def _fifths(xy: NDArray[np.float64]) -> tuple[Offsets, Offsets]:
     return x, y
 
 
-@_part
+@part
 def _union(xy: NDArray[np.float64], starts: Offsets, height: Any, width: Any) -> Counts:
     """rleFrPoly of every ``xy[starts[i] : starts[i + 1]]``, and rleMerge; no runs for polygons too long to draw."""
     merged = np.full(1, height * width, np.uint32)
@@ -593,7 +585,7 @@ def count_corners(mask: NDArray[np.uint8]) -> int:
     return corners
 
 
-@_part
+@part
 def _sides(mask: NDArray[np.uint8], x: Any, y: Any, heading: Any) -> tuple[Any, Any]:
     """The pixels ahead, left and right of who stands at the corner (x, y) of pixel [y, x]."""
     if heading == EAST:
@@ -605,7 +597,7 @@ def _sides(mask: NDArray[np.uint8], x: Any, y: Any, heading: Any) -> tuple[Any, 
     return mask[y - 1, x - 1], mask[y - 1, x]
 
 
-@_part
+@part
 def _follow(mask: NDArray[np.uint8], seen: NDArray[np.uint8], x: Any, y: Any, xy: Any, size: Any) -> tuple[Any, Any]:
     """Walk the outline with the mask on the right, from the left end of an upper side of pixel [y, x] back to it.
 

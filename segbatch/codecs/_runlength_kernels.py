@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 
 BLOCK = 64
 """Pixels compared at once: the bits of one word."""
@@ -168,7 +168,7 @@ def add_pixels(values: NDArray[np.uint16], lengths: NDArray[np.uint32], pixels: 
         pixels[values[run]] += np.uint64(lengths[run])
 
 
-@njit
+@part
 def _next_run(lengths: NDArray[np.uint32], run: Any, run_end: Any, position: Any) -> tuple[Any, Any]:
     """The run (and its end) that is current from ``position`` on; without a branch, which would be a coin toss."""
     step = np.int64(run_end == position)

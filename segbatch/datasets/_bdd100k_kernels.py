@@ -8,14 +8,14 @@ Source: agg_rasterizer_cells_aa.h, agg_rasterizer_sl_clip.h and agg_rasterizer_s
 2.4, in github.com/matplotlib/matplotlib, extern/agg24-svn.
 """
 
-import functools
-import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
+
+from segbatch.codecs._jit import Kernels, part
 
 SCALE = 256
 """Steps of a pixel."""
@@ -24,27 +24,20 @@ Cells = NDArray[np.int32]
 
 _ABOVE, _BELOW = 8, 2
 
-_Part = TypeVar("_Part", bound=Callable[..., Any])
 
-
-def _part(function: _Part) -> _Part:
-    """A function that kernels call; it is compiled with them."""
-    return njit(function)  # type: ignore[no-any-return]
-
-
-@_part
+@part
 def _steps(value: float) -> int:
     """Pixels as steps, half a step away from 0."""
     return int(value * SCALE - 0.5) if value < 0 else int(value * SCALE + 0.5)
 
 
-@_part
+@part
 def _add(cover: Cells, area: Cells, row: int, column: int, rise: int, sides: int) -> None:
     cover[row, column] += rise
     area[row, column] += sides * rise
 
 
-@_part
+@part
 def _within_row(cover: Cells, area: Cells, row: int, x1: int, y1: int, x2: int, y2: int) -> None:
     """render_hline: a piece of outline within a row of cells; ``y1`` and ``y2`` count from the row's top."""
     if y1 == y2:
@@ -75,7 +68,7 @@ def _within_row(cover: Cells, area: Cells, row: int, x1: int, y1: int, x2: int, 
     _add(cover, area, row, cell, y2 - y1, (x2 & 255) + SCALE - exit_side)
 
 
-@_part
+@part
 def _line(cover: Cells, area: Cells, x1: int, y1: int, x2: int, y2: int) -> None:
     """rasterizer_cells_aa::line: a piece of outline, row by row."""
     row, last = y1 >> 8, y2 >> 8
@@ -103,12 +96,12 @@ def _line(cover: Cells, area: Cells, x1: int, y1: int, x2: int, y2: int) -> None
     _within_row(cover, area, row, x, SCALE - exit_side, x2, y2 & 255)
 
 
-@_part
+@part
 def _beyond(y: float, height: float) -> int:
     return (_BELOW if y > height else 0) | (_ABOVE if y < 0 else 0)
 
 
-@_part
+@part
 def _clipped_in_y(
     cover: Cells, area: Cells, box: tuple[float, float, float, float], x1: float, y1: float, x2: float, y2: float
 ) -> None:
@@ -128,7 +121,7 @@ def _clipped_in_y(
     _line(cover, area, _steps(xa) - dx, _steps(ya) - dy, _steps(xb) - dx, _steps(yb) - dy)
 
 
-@_part
+@part
 def _clipped(
     cover: Cells, area: Cells, box: tuple[float, float, float, float], x1: float, y1: float, x2: float, y2: float
 ) -> None:
@@ -180,11 +173,9 @@ def fill(points: NDArray[np.float64], mask: NDArray[np.uint8]) -> None:
                 mask[top + row, left + column] = 1
 
 
-@functools.cache
-def compiled() -> Callable[[NDArray[np.float64], NDArray[np.uint8]], None]:
-    """``fill``, compiled, or loaded from disk; in memory only where the disk does not play along."""
-    signature = types.void(types.Array(types.float64, 2, "C"), types.Array(types.uint8, 2, "C"))
-    try:
-        return njit([signature], nogil=True, cache=True)(fill)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # no folder to write to, disk full, broken file
-        return njit([signature], nogil=True)(fill)
+def _signature(function: Callable[..., Any], item: Any) -> Any:
+    return types.void(types.Array(types.float64, 2, "C"), types.Array(item, 2, "C"))
+
+
+KERNELS = Kernels(_signature)
+kernel = KERNELS.kernel

@@ -8,9 +8,7 @@ Sources: github.com/bdd100k/bdd100k, bdd100k/label/to_mask.py (frame_to_mask); g
 scalabel/label/transforms.py (poly_to_patch); agg_curves.cpp of Anti-Grain Geometry 2.4 in matplotlib.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,14 +61,9 @@ def points_of(vertices: Sequence[Point], types: str) -> NDArray[np.float64]:
 
 def fill(points: NDArray[np.float64], mask: NDArray[np.uint8]) -> None:
     """Set what ``points`` (see ``points_of``) enclose in ``mask``, uint8 of shape (height, width), to 1."""
-    _compiled()(np.ascontiguousarray(points, np.float64), mask)
+    from segbatch.datasets import _bdd100k_kernels as kernels  # slow to import, so not before it is needed
 
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    from segbatch.datasets import _bdd100k_kernels  # slow to import, so not before it is needed
-
-    return _bdd100k_kernels.compiled()
+    kernels.kernel(kernels.fill)(np.ascontiguousarray(points, np.float64), mask)
 
 
 def _middle(a: Point, b: Point) -> Point:

@@ -1,11 +1,12 @@
 """Compiled post-processing: up-sampling, argmax and confidence in one pass over the photo's pixels; masks."""
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from segbatch.codecs._jit import kept
 
-@njit(cache=True, nogil=True, error_model="numpy")
+
+@kept
 def _row_at(scores: NDArray[np.float32], at: float, row: NDArray[np.float32]) -> None:
     """Scores (columns, channels) at the row position ``at``, interpolated linearly."""
     rows, columns, channels = scores.shape
@@ -17,7 +18,7 @@ def _row_at(scores: NDArray[np.float32], at: float, row: NDArray[np.float32]) ->
             row[x, c] = scores[top, x, c] + (scores[bottom, x, c] - scores[top, x, c]) * weight
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def upsample_argmax(
     scores: NDArray[np.float32],
     grid_y: tuple[float, float],
@@ -100,7 +101,7 @@ def upsample_argmax(
     return True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def _add_exponentials(
     line: NDArray[np.float32], best: NDArray[np.float32], power: NDArray[np.int32], total: NDArray[np.float32]
 ) -> None:
@@ -132,7 +133,7 @@ def _add_exponentials(
         total[x] += line[x] * scale[x]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def add_probabilities(
     scores: NDArray[np.float32],
     grid_y: tuple[float, float],
@@ -178,7 +179,7 @@ def add_probabilities(
     return True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def winners(
     canvas: NDArray[np.float32],
     classes: NDArray[np.uint16],
@@ -202,7 +203,7 @@ def winners(
                 certainty[y, x] = int(255 * (best / total) + 0.5)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def suppress(boxes: NDArray[np.float32], classes: NDArray[np.int64], iou: float) -> NDArray[np.bool_]:
     """Non-maximum suppression within each class.
 
@@ -234,7 +235,7 @@ def suppress(boxes: NDArray[np.float32], classes: NDArray[np.int64], iou: float)
     return stays
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def paste_runs(
     mask: NDArray[np.float32], box: NDArray[np.int64], height: int, width: int, threshold: float
 ) -> NDArray[np.uint32]:
@@ -289,7 +290,7 @@ def paste_runs(
     return runs[:count]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept
 def claim(index_map: NDArray[np.uint16], runs: NDArray[np.uint32], value: int, most_taken: float) -> int:
     """Give the free pixels of an object to it, unless too many of its pixels are taken.
 

@@ -5,13 +5,13 @@ Source: ``bdd100k/eval/ins_seg.py`` (compute_match) and ``bdd100k/eval/lane.py``
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -19,14 +19,6 @@ Words = NDArray[np.uint64]
 Flags = NDArray[np.uint8]
 Values = NDArray[np.uint16]
 Lengths = NDArray[np.uint32]
-
-_Part = TypeVar("_Part", bound=Callable[..., Any])
-
-
-def _part(function: _Part) -> _Part:
-    """A function that kernels call; it is compiled with them."""
-    return njit(function)  # type: ignore[no-any-return]
-
 
 # ------------------------------------------------------------------------------------------------ instances
 
@@ -153,7 +145,7 @@ def spans(
     return count
 
 
-@_part
+@part
 def _is(code: Any, kind: Any) -> Any:
     """Whether a lane belongs to a kind: 0, 1 directions, 2, 3 styles, 4 ... categories."""
     if kind < 2:
@@ -163,14 +155,14 @@ def _is(code: Any, kind: Any) -> Any:
     return code & CATEGORY_BITS == kind - 4
 
 
-@_part
+@part
 def _paint(plane: Flags, width: Any, row: Any, first: Any, end: Any, bit: Any) -> None:
     """Set a bit in part of a row; what lies outside the image is cut off."""
     for x in range(row * width + max(first, 0), row * width + min(end, width)):
         plane[x] |= bit
 
 
-@_part
+@part
 def _surround(parts: NDArray[np.int32], kind: Any, height: Any, width: Any, plane: Flags) -> None:
     """Mark what lies within 1, 2 and 5 pixels of a kind of lanes."""
     for i in range(parts.shape[0]):
@@ -185,7 +177,7 @@ def _surround(parts: NDArray[np.int32], kind: Any, height: Any, width: Any, plan
                     _paint(plane, width, row, first - _NARROW[off], end + _NARROW[off], _NEXT)
 
 
-@_part
+@part
 def _near(parts: NDArray[np.int32], kind: Any, width: Any, plane: Flags, counts: Numbers) -> None:
     """Add the pixels of a kind of lanes that lie within 1, 2 and 5 pixels of what was marked."""
     for i in range(parts.shape[0]):
@@ -197,7 +189,7 @@ def _near(parts: NDArray[np.int32], kind: Any, width: Any, plane: Flags, counts:
                 counts[2] += plane[x] & 1
 
 
-@_part
+@part
 def _compare(
     one: NDArray[np.int32], other: NDArray[np.int32], kind: Any, size: tuple[Any, Any], plane: Flags, counts: Numbers
 ) -> None:

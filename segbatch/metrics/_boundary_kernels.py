@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 
 
-@njit
+@part
 def _cut(since: NDArray[np.int32], begin: Any, end: Any, width: Any, y: Any) -> None:
     """Where the row's square is cut by an end of its run, no square can begin before the next row."""
     for x in range(begin, min(begin + width, end)):

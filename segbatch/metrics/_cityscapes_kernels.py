@@ -11,9 +11,9 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 from segbatch.codecs._rle_kernels import _shared
-from segbatch.metrics._coco_kernels import Offsets, Text, _corners, _intervals, _part, _read, _write
+from segbatch.metrics._coco_kernels import Offsets, Text, _corners, _intervals, _read, _write
 
 Ids = NDArray[np.uint16]
 Lengths = NDArray[np.uint32]
@@ -21,7 +21,7 @@ Lengths = NDArray[np.uint32]
 # ------------------------------------------------------------------------------------------------ masks on label maps
 
 
-@_part
+@part
 def _rows(lengths: Lengths, height: Any, width: Any) -> tuple[Offsets, Offsets]:
     """Where each run ends, and for each row (and past the last one) the run that its first pixel lies in."""
     ends, rows = np.empty(lengths.size, np.int64), np.empty(height + 1, np.int64)
@@ -36,7 +36,7 @@ def _rows(lengths: Lengths, height: Any, width: Any) -> tuple[Offsets, Offsets]:
     return ends, rows
 
 
-@_part
+@part
 def _count(begin: Any, end: Any, run: Any, last: Any, ends: Offsets, values: Ids, counts: Offsets) -> None:
     """Add pixels ``begin`` to ``end`` of one row to ``counts`` by label; they lie in runs ``run`` to ``last``."""
     while run < last:  # the first run that ends after begin
@@ -53,7 +53,7 @@ def _count(begin: Any, end: Any, run: Any, last: Any, ends: Offsets, values: Ids
         run += 1
 
 
-@_part
+@part
 def _column(bounds: Offsets, at: Any, last: Any, start: Any, height: Any, cuts: Offsets) -> tuple[Any, Any]:
     """Rows at which the mask begins and ends in the column from pixel ``start`` on: how many, and the next bound."""
     size = 0
@@ -67,7 +67,7 @@ def _column(bounds: Offsets, at: Any, last: Any, start: Any, height: Any, cuts: 
     return size, at
 
 
-@_part
+@part
 def _add_mask(
     bounds: Offsets, at: Any, last: Any, size: Any, runs: Any, cuts: Any, opened: Offsets, counts: Offsets
 ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 from segbatch.codecs._rle_kernels import _shared
 from segbatch.metrics._coco_kernels import (
     Flags,
@@ -23,7 +23,6 @@ from segbatch.metrics._coco_kernels import (
     _corners,
     _intervals,
     _overlap_all,
-    _part,
     _read,
     _union,
     _write,
@@ -32,7 +31,7 @@ from segbatch.metrics._coco_kernels import (
 Counters = NDArray[np.int32]
 
 
-@_part
+@part
 def _joined(bounds: Offsets, begin: Any, end: Any, runs: Offsets) -> Any:
     """Copy a mask's runs without empty ones, and with those that touch made one; gives how many numbers these are."""
     size = 0
@@ -47,7 +46,7 @@ def _joined(bounds: Offsets, begin: Any, end: Any, runs: Offsets) -> Any:
     return size
 
 
-@_part
+@part
 def _lasting(streak: Counters, upper: Any, lower: Any, least: Any, start: Any, found: Offsets, size: Any) -> Any:
     """Append the runs of rows from ``upper`` to ``lower`` that are ``least`` columns long; gives the new size."""
     row = upper
@@ -63,7 +62,7 @@ def _lasting(streak: Counters, upper: Any, lower: Any, least: Any, start: Any, f
     return size
 
 
-@_part
+@part
 def _eroded(runs: Offsets, size: Any, box: Offsets, height: Any, width: Any, streak: Counters, found: Offsets) -> Any:
     """Runs of the pixels whose square of ``2 width + 1`` pixels is foreground throughout; gives how many numbers.
 
@@ -99,7 +98,7 @@ def _eroded(runs: Offsets, size: Any, box: Offsets, height: Any, width: Any, str
     return number
 
 
-@_part
+@part
 def _without(runs: Offsets, size: Any, inner: Offsets, number: Any, found: Offsets, at: Any) -> tuple[Any, Any]:
     """Append ``runs`` less ``inner``, which lies inside; gives the new size and how many pixels are left."""
     pixels = np.int64(0)
@@ -120,7 +119,7 @@ def _without(runs: Offsets, size: Any, inner: Offsets, number: Any, found: Offse
     return at, pixels
 
 
-@_part
+@part
 def _boundaries(
     bounds: Offsets, first: Offsets, wanted: Flags, height: Any, width: Any
 ) -> tuple[Offsets, Offsets, Offsets]:

@@ -6,13 +6,13 @@ Source: common/maskApi.c (rleIou, bbIou) and pycocotools/cocoeval.py (evaluateIm
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 from segbatch.codecs._rle_kernels import LONGEST_NUMBER, _shared
 
 Text = NDArray[np.uint8]
@@ -24,18 +24,10 @@ Flags = NDArray[np.uint8]
 _EPSILON = 2.0**-52
 """np.spacing(1)"""
 
-_Part = TypeVar("_Part", bound=Callable[..., Any])
-
-
-def _part(function: _Part) -> _Part:
-    """A function that kernels call; it is compiled with them."""
-    return njit(function)  # type: ignore[no-any-return]
-
-
 # ------------------------------------------------------------------------------------------------ overlaps
 
 
-@_part
+@part
 def _foreground(text: Text, begin: Any, end: Any, bounds: Offsets, size: Any) -> tuple[Any, Any, Any]:
     """Begin and end of every run of the foreground, in pairs, into ``bounds[size:]``, from a string from anywhere.
 
@@ -68,7 +60,7 @@ def _foreground(text: Text, begin: Any, end: Any, bounds: Offsets, size: Any) ->
     return size, position, area
 
 
-@_part
+@part
 def _intervals(text: Text, starts: Offsets, pixels: Any, areas: Offsets) -> tuple[Offsets, Offsets, Any]:
     """The foreground of every mask and its area: (bounds, where those of each mask start, bad).
 
@@ -83,7 +75,7 @@ def _intervals(text: Text, starts: Offsets, pixels: Any, areas: Offsets) -> tupl
     return bounds, first, -1
 
 
-@_part
+@part
 def _corners(bounds: Offsets, first: Offsets, height: Any, corners: Offsets) -> None:
     """Left, top, right and bottom (exclusive) of every mask; all 0 for one without pixels.
 
@@ -144,7 +136,7 @@ def mask_overlaps(
     return -1
 
 
-@_part
+@part
 def _overlap_all(masks: Any, objects: Any, crowd: Flags, height: Any, least: Any, ious: Floats) -> None:
     """``mask_overlaps`` of masks that are known to be good: each side their bounds, where they start, and areas."""
     if ious.size == 0:
@@ -165,7 +157,7 @@ def _overlap_all(masks: Any, objects: Any, crowd: Flags, height: Any, least: Any
                 ious[i, j] = shared / _union(areas[i], object_areas[j], shared, crowd[j])
 
 
-@_part
+@part
 def _union(area: Any, object_area: Any, shared: Any, crowd: Any) -> Any:
     """What the shared pixels are divided by; of a crowd only the detection counts."""
     return area if crowd else area + object_area - shared
@@ -189,12 +181,12 @@ def box_overlaps(boxes: Floats, object_boxes: Floats, crowd: Flags, ious: Floats
 # ------------------------------------------------------------------------------------------------ matching
 
 
-@_part
+@part
 def _outside(area: Any, ranges: Floats, place: Any) -> Any:
     return area < ranges[2 * place] or area > ranges[2 * place + 1]
 
 
-@_part
+@part
 def _candidates(ious: Floats, order: Offsets, objects: Offsets, least: Any) -> tuple[Offsets, Floats, Offsets, Floats]:
     """What may be matched: (places, tops, found, overlap).
 
@@ -218,7 +210,7 @@ def _candidates(ious: Floats, order: Offsets, objects: Offsets, least: Any) -> t
     return places, tops[:number], found, overlap
 
 
-@_part
+@part
 def _best(found: Offsets, overlap: Floats, first: Any, past: Any, threshold: Any, taken: Flags, ignore: Flags) -> Any:
     """The object that a detection is matched with, of ``found[first:past]``; -1 for none.
 
@@ -237,7 +229,7 @@ def _best(found: Offsets, overlap: Floats, first: Any, past: Any, threshold: Any
     return chosen
 
 
-@_part
+@part
 def _match_class(
     ious: Floats,
     order: Offsets,
@@ -287,7 +279,7 @@ def _match_class(
                         ignored[i] &= ~bit
 
 
-@_part
+@part
 def _match_classes(
     ious: Floats,
     order: Offsets,
@@ -501,7 +493,7 @@ def average_precisions(
             _sample(found[:hits], objects[group], recalls, precision[group, t])
 
 
-@_part
+@part
 def _sample(found: NDArray[np.float64], objects: int, recalls: Floats, precision: NDArray[np.float64]) -> None:
     """The greatest precision at or behind each recall; ``found`` has that of each hit, and is overwritten."""
     for i in range(found.size - 1, 0, -1):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 
 Numbers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
@@ -65,7 +65,7 @@ def stretches(
     return count
 
 
-@njit
+@part
 def _lengthen(streak: NDArray[np.int32], last: Numbers, first: Any, end: Any, code: Any, depth: Any) -> None:
     """A row holds ``code`` from ``first`` to ``end - 1``: count the rows whose pieces of ``2 depth + 1`` are of it."""
     columns = streak.size
@@ -129,7 +129,7 @@ def tally(begins: Numbers, ends: Numbers, right: Numbers, pixels: Pixels, table:
             table[level, 1] += right[s]
 
 
-@njit
+@part
 def _root(parents: Numbers, place: Any) -> Any:
     while parents[place] != place:
         parents[place] = parents[parents[place]]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numpy.typing import NDArray
 
-from segbatch.codecs._jit import Kernels
+from segbatch.codecs._jit import Kernels, part
 
 Numbers = NDArray[np.int64]
 
@@ -20,7 +20,7 @@ Numbers = NDArray[np.int64]
 # ------------------------------------------------------------------------------------------------ components
 
 
-@njit
+@part
 def _root(parents: Numbers, place: Any) -> Any:
     while parents[place] != place:
         parents[place] = parents[parents[place]]
@@ -28,7 +28,7 @@ def _root(parents: Numbers, place: Any) -> Any:
     return place
 
 
-@njit
+@part
 def _join_rows(firsts: Numbers, begins: Numbers, ends: Numbers, one: Any, other: Any, parents: Numbers) -> None:
     """Join the segments of two rows that have a column in common."""
     a, b = firsts[one], firsts[other]
@@ -89,7 +89,7 @@ def overlaps(
 # ------------------------------------------------------------------------------------------------ surfaces
 
 
-@njit
+@part
 def _intersect(
     inside: Numbers, size: Any, begins: Numbers, ends: Numbers, first: Any, last: Any, margin: Any, into: Numbers
 ) -> Any:
@@ -108,7 +108,7 @@ def _intersect(
     return count
 
 
-@njit
+@part
 def _inner(
     firsts: Numbers, begins: Numbers, ends: Numbers, row: Any, height: Any, slices: Any, one: Numbers, two: Numbers
 ) -> Any:

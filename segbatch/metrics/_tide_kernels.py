@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from segbatch.codecs._jit import Kernels
-from segbatch.metrics._coco_kernels import Flags, Floats, Offsets, _part, _read, _write
+from segbatch.codecs._jit import Kernels, part
+from segbatch.metrics._coco_kernels import Flags, Floats, Offsets, _read, _write
 
 RIGHT, CLASS, BOX, OTHER, DUPLICATE, BACKGROUND = range(6)
 """What a detection is."""
@@ -20,7 +20,7 @@ FOUND, CORRECTABLE, MISSED = range(3)
 """What becomes of an object."""
 
 
-@_part
+@part
 def _first_best(ious: Floats, row: Any, wanted: Flags) -> tuple[Any, Any]:
     """Place and IoU of the first object with the greatest IoU among those wanted; (-1, 0) where it is 0."""
     place, best = -1, 0.0
@@ -30,7 +30,7 @@ def _first_best(ious: Floats, row: Any, wanted: Flags) -> tuple[Any, Any]:
     return place, best
 
 
-@_part
+@part
 def _matched(
     ious: Floats, classes: Offsets, object_classes: Offsets, crowd: Flags, least: Any, taken: Flags, used: Flags
 ) -> None:
@@ -48,7 +48,7 @@ def _matched(
                 used[i] = 2
 
 
-@_part
+@part
 def _error(ious: Floats, row: Any, same: Flags, counts: Flags, taken: Flags, least: Any, background: Any) -> Any:
     """What is wrong with a detection, and the object that it should have been; -1 for none."""
     place, best = _first_best(ious, row, counts & same)
