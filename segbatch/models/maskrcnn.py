@@ -101,7 +101,9 @@ def regions_found(
     """What ``rpn`` and ``roi_heads`` find in the maps; see ``detect``."""
     shapes = list(sizes)
     proposals, _ = net.rpn(parts.image_list(images, shapes), features, None)
-    found: list[Found] = net.roi_heads(features, proposals, shapes, None)[0]
+    # Pooled twice, and with the channels together
+    together = {name: m.contiguous(memory_format=torch.channels_last) for name, m in features.items()}
+    found: list[Found] = net.roi_heads(together, proposals, shapes, None)[0]
     return found
 
 

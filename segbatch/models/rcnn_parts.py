@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -344,16 +345,46 @@ def proposals(config: MaskRCNNConfig, channels: int) -> Proposals:
     return network
 
 
-def pooling(maps: int, side: int, strides: tuple[int, int], samples: int = _SAMPLES) -> MultiScaleRoIAlign:
-    """RoIAlign from maps ``0`` .. to side x side cells; ``strides`` are those of the first and of the last map.
+class RegionPooling(MultiScaleRoIAlign):  # type: ignore[misc]
+    """torchvision's RoIAlign from several maps; five times as fast on a CPU where nothing is learnt, and equal.
 
     torchvision works the strides out at the first call and keeps them, for better or worse; here they are given.
+
+    Args:
+        maps: how many there are, named ``0`` and so on.
+        side: cells along each side of what comes out.
+        strides: of the first and of the last map, powers of 2.
+        samples: sampling points along each side of a cell; 0: as many as needed.
     """
-    pool = MultiScaleRoIAlign([str(n) for n in range(maps)], side, samples)
-    first, last = (s.bit_length() - 1 for s in strides)
-    pool.scales = [2.0**-n for n in range(first, last + 1)]
-    pool.map_levels = LevelMapper(first, last)
-    return pool
+
+    def __init__(self, maps: int, side: int, strides: tuple[int, int], samples: int = _SAMPLES) -> None:
+        super().__init__([str(n) for n in range(maps)], side, samples)
+        first, last = (s.bit_length() - 1 for s in strides)
+        self.scales = [2.0**-n for n in range(first, last + 1)]
+        self.map_levels = LevelMapper(first, last)
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """(regions of all images, channels, side, side) of maps (n, channels, h, w)."""
+        maps = [x[name] for name in self.featmap_names]
+        if any(m.requires_grad or m.device.type != "cpu" or m.dtype != torch.float32 for m in (*maps, *boxes)):
+            found: Tensor = super().forward(x, boxes, image_shapes)
+            return found
+        return self._pooled(maps, boxes)
+
+    def _pooled(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        from segbatch.models._region_kernels import pool
+
+        side = self.output_size[0]
+        out = [torch.zeros(len(b), maps[0].shape[1], side * side) for b in boxes]
+        levels = [self.map_levels([b]).numpy() for b in boxes]
+        for number, (one, scale) in enumerate(zip(maps, self.scales, strict=True)):
+            for image, (regions, level) in enumerate(zip(boxes, levels, strict=True)):
+                which = np.flatnonzero(level == number)
+                if which.size:
+                    features = one[image].permute(1, 2, 0).contiguous().numpy()
+                    filled, samples = out[image].numpy(), self.sampling_ratio
+                    pool(features, regions.contiguous().numpy(), which, scale, samples, side, filled)
+        return torch.cat(out).reshape(-1, maps[0].shape[1], side, side)
 
 
 def heads(box: Sequence[Any], mask: Sequence[Any], regions: int) -> RegionHeads:
@@ -377,16 +408,20 @@ def heads(box: Sequence[Any], mask: Sequence[Any], regions: int) -> RegionHeads:
 def pyramid_heads(config: MaskRCNNConfig, outputs: int) -> RegionHeads:
     """Figure 4, right: 7x7 -> two fully connected layers; 14x14 -> four convolutions -> 28x28."""
     channels, hidden = scaled(PYRAMID_CHANNELS, config.width), scaled(HIDDEN_UNITS, config.width)
-    box = pooling(4, 7, (4, 32)), TwoMLPHead(channels * 7 * 7, hidden), BoxPredictor(hidden, outputs)
+    box = RegionPooling(4, 7, (4, 32)), TwoMLPHead(channels * 7 * 7, hidden), BoxPredictor(hidden, outputs)
     convolutions = MaskRCNNHeads(channels, (channels,) * 4, 1, norm_layer=_group_norm_or_none(config))
-    mask = pooling(4, 14, (4, 32)), convolutions, MaskPredictor(channels, channels, outputs)
+    mask = RegionPooling(4, 14, (4, 32)), convolutions, MaskPredictor(channels, channels, outputs)
     return heads(box, mask, config.regions or 512)
 
 
 def fifth_stage_heads(config: MaskRCNNConfig, body: nn.Sequential, outputs: int) -> RegionHeads:
     """Figure 4, left: 14x14 -> fifth stage -> 7x7, averaged for boxes, -> 14x14 for masks."""
     channels = _EXPANSION * scaled(STAGES[-1][0], config.width)
-    box = pooling(1, 14, (16, 16), _AS_MANY_AS_NEEDED), body.get_submodule("layer4"), BoxPredictor(channels, outputs)
+    box = (
+        RegionPooling(1, 14, (16, 16), _AS_MANY_AS_NEEDED),
+        body.get_submodule("layer4"),
+        BoxPredictor(channels, outputs),
+    )
     mask = None, None, MaskPredictor(channels, scaled(PYRAMID_CHANNELS, config.width), outputs)
     return heads(box, mask, config.regions or 64)
 

@@ -37,7 +37,7 @@ from segbatch.models.base import Choice, Detections, InputSpec, ModelSpec
 from segbatch.models.foreign import fed
 from segbatch.models.maskrcnn import detect, detector_parts
 from segbatch.models.parts import Part
-from segbatch.models.rcnn_parts import pooling
+from segbatch.models.rcnn_parts import RegionPooling
 from segbatch.models.side_car import check_keys, choice_of, class_table_for
 from segbatch.models.torchvision_files import INPUT_KEYS, Given
 from segbatch.records import ClassInfo, ClassTable
@@ -189,8 +189,8 @@ class MaskRCNNSegmenter:
     def __init__(self, net: Any, network: MaskRCNNNetwork) -> None:
         self.spec = network.spec
         heads = net.roi_heads
-        heads.box_roi_pool = pooling(4, heads.box_roi_pool.output_size[0], _STRIDES)
-        heads.mask_roi_pool = pooling(4, heads.mask_roi_pool.output_size[0], _STRIDES)
+        heads.box_roi_pool = RegionPooling(4, heads.box_roi_pool.output_size[0], _STRIDES)
+        heads.mask_roi_pool = RegionPooling(4, heads.mask_roi_pool.output_size[0], _STRIDES)
         self._net = net.eval().to(memory_format=torch.channels_last)
         self._flip = network.given.side_car.channel_order == "bgr"
         self._named = np.array(network.named, np.int64)

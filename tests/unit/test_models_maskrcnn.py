@@ -1,6 +1,7 @@
 """Mask R-CNN against torchvision and its paper: counts, strides, detections, losses, crowds."""
 
 import importlib
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from segbatch.models.config import MaskRCNNConfig
 torchvision = pytest.importorskip("torchvision")
 
 from torchvision.models.detection import maskrcnn_resnet50_fpn  # noqa: E402
-from torchvision.ops import box_iou  # noqa: E402
+from torchvision.ops import MultiScaleRoIAlign, box_iou  # noqa: E402
 
 from segbatch.models import rcnn_parts as parts  # noqa: E402
 from segbatch.models.maskrcnn import MaskRCNN, MaskRCNNSegmenter, detect, features_of  # noqa: E402
@@ -537,3 +538,40 @@ def test_it_learns(head: str, one_thread: None) -> None:
         seen.append(float(loss.detach()))
     assert np.mean(seen[-10:]) < 0.75 * np.mean(seen[:3])
     assert overlap_of_the_best(net) > 0.4  # one thread: .65 and .75
+
+
+REGIONS = st.lists(
+    st.tuples(*(st.floats(-200, 400, width=32) for _ in range(2)), *(st.floats(0, 300, width=32) for _ in range(2))),
+    max_size=6,
+)
+
+
+@given(images=st.lists(REGIONS, min_size=1, max_size=2), samples=st.sampled_from([0, 2]), several=st.booleans())
+def test_region_pooling_is_torchvisions(images: list[list[tuple[float, ...]]], samples: int, several: bool) -> None:
+    """Bit by bit, but where the compiler of torchvision may join a product with a sum."""
+    strides = (4, 8, 16, 32) if several else (16,)
+    pooling = parts.RegionPooling(len(strides), 7, (strides[0], strides[-1]), samples)
+    generator = torch.Generator().manual_seed(0)
+    maps = {str(n): torch.randn(len(images), 5, 256 // s, 192 // s, generator=generator) for n, s in enumerate(strides)}
+    corners = [torch.tensor(i, dtype=torch.float32).reshape(-1, 4) for i in images]
+    boxes = [torch.cat([c[:, :2], c[:, :2] + c[:, 2:]], 1) for c in corners]
+    found = pooling(maps, boxes, [(256, 192)] * len(images))
+    wanted = MultiScaleRoIAlign.forward(pooling, maps, boxes, [(256, 192)] * len(images))
+    if platform.machine() == "x86_64":
+        assert torch.equal(found, wanted)
+    else:
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_region_that_is_not_a_number_pools_nothing() -> None:
+    maps = {"0": torch.ones(1, 2, 8, 8)}
+    boxes = [torch.tensor([[0.0, 0, 64, 64], [float("nan"), 0, 64, 64], [0, 0, 64, float("nan")]])]
+    found = parts.RegionPooling(1, 3, (16, 16))(maps, boxes, [(128, 128)])
+    assert found.flatten(1).sum(1).tolist() == [18, 0, 0]
+
+
+def test_regions_are_learnt_from() -> None:
+    maps = {"0": torch.ones(1, 2, 8, 8, requires_grad=True)}
+    parts.RegionPooling(1, 3, (16, 16))(maps, [torch.tensor([[0.0, 0, 64, 64]])], [(128, 128)]).sum().backward()
+    assert maps["0"].grad is not None
+    assert maps["0"].grad.sum() == pytest.approx(18)
