@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from segbatch import drivers, schemas, storage, tables, telemetry, tracing
 from segbatch.config import EngineConfig, ExecutionConfig, RunOptions, digest_of
-from segbatch.engine import Control, make
+from segbatch.engine import Control, Engine, make
 from segbatch.errors import BadItemsError, ConfigError, SegbatchError, StoppedError
 from segbatch.planning import Preview, changed_file, preview
 from segbatch.records import Figure, Outcome, PlanItem
@@ -146,7 +146,7 @@ class Job:
     prefers_ray: bool = False
     unsplit: bool = False
     grouped: bool = False
-    settle: Callable[[Run, Shards, Callable[[str], None]], Task] | None = None
+    settle: Callable[[Run, Shards, Callable[[str], None], Engine], Task] | None = None
     """Gives the task once it is known what there is to do; None: it is ``task`` whatever there is."""
 
 
@@ -499,8 +499,6 @@ def completed(
         try:
             for todo in rounds:
                 if todo and not stop.is_set():
-                    if job.settle is not None:
-                        job = replace(job, task=job.settle(run, todo, watch.say))
                     work(run, job, todo, limits, options.engine, watch, stop, done)
         except BaseException as error:
             with contextlib.suppress(SegbatchError):  # a store that is gone must not hide why
@@ -669,12 +667,14 @@ def work(
     try:
         with draining(control.stop, watch):
             engine.start()
-            with contextlib.closing(engine.map(job.task, todo, control)) as outcomes:
-                for outcome in outcomes:
-                    run.record(outcome)
-                    counts.add(outcome)
-                    done.meter.add(outcome)
-                    _check_outcome(run, outcome, limits)
+        # In between, a signal ends it at once: nothing is in flight
+        task = job.settle(run, todo, watch.say, engine) if job.settle is not None and not stop.is_set() else job.task
+        with draining(control.stop, watch), contextlib.closing(engine.map(task, todo, control)) as outcomes:
+            for outcome in outcomes:
+                run.record(outcome)
+                counts.add(outcome)
+                done.meter.add(outcome)
+                _check_outcome(run, outcome, limits)
     finally:
         counts.add_to(done)
         watch.end()

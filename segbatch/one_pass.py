@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from segbatch import drivers, storage, tracing
 from segbatch.config import RunOptions
 from segbatch.drivers import Heartbeat
+from segbatch.engine import Engine
 from segbatch.errors import ConfigError, SegbatchError
 from segbatch.jobs import Beating, Done, Job, Limits, RunResult, Watch, completed, opened, planned, work
 from segbatch.records import Outcome, ShardRef
@@ -211,12 +212,16 @@ def _shared(jobs: Mapping[str, Job], runs: "_Runs", limits: Limits, options: Run
     together = Together(runs.root, lacking)
     if not len(together):
         return
-    tasks: dict[str, Any] = {}
-    for alias in sorted(together.aliases):
-        settle = jobs[alias].settle
-        tasks[alias] = settle(runs.members[alias], lacking[alias], watch.say) if settle else jobs[alias].task
-    job = replace(next(iter(jobs.values())), out=runs.root, task=PredictManyTask(tasks), settle=None)
-    runs.begin({alias: lacking[alias].rows for alias in tasks})
+
+    def settle(_: Any, shards: Shards, say: Callable[[str], None], engine: Engine) -> PredictManyTask:
+        tasks: dict[str, Any] = {}
+        for alias in sorted(together.aliases):
+            one = jobs[alias]
+            tasks[alias] = one.settle(runs.members[alias], lacking[alias], say, engine) if one.settle else one.task
+        return PredictManyTask(tasks)
+
+    job = replace(next(iter(jobs.values())), out=runs.root, task=PredictManyTask({}), settle=settle)
+    runs.begin({alias: lacking[alias].rows for alias in together.aliases})
     total = Done()
     try:
         work(runs, job, cast(Shards, together), limits, options.engine, watch, threading.Event(), total)

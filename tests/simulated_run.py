@@ -1,10 +1,10 @@
 """A run root with as many shards as one likes: real plans and logs, but no part files and no actors."""
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from segbatch.jobs import Job, Limits, RunResult, Silent
 from segbatch.records import Outcome, PlanItem, ShardRef
 from segbatch.runs import Run, Task
 from segbatch.storage import ObjectInfo
+
+T = TypeVar("T")
 
 
 class Store:
@@ -50,6 +52,14 @@ class Actors:
 
     def start(self) -> None:
         """Nothing to bring up."""
+
+    def has_gpus(self) -> bool:
+        """No."""
+        return False
+
+    def on_gpu(self, ask: Callable[[], T]) -> T:
+        """Asked here."""
+        return ask()
 
     def close(self) -> None:
         """Nothing to leave."""

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from segbatch import tracing
 from segbatch.errors import EngineError, SegbatchError
@@ -14,6 +14,8 @@ from segbatch.runs import Task
 from segbatch.telemetry import Meter
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def _ignore_ready() -> None:
@@ -58,7 +60,7 @@ class Control:
 
 
 class Engine(Protocol):
-    """``start`` once, ``map`` any number of times, ``close`` at the end."""
+    """``start`` once, then ``map`` and ``on_gpu`` any number of times, ``close`` at the end."""
 
     def start(self) -> None:
         """Bring up what is needed before the first map (a local Ray)."""
@@ -71,6 +73,19 @@ class Engine(Protocol):
             StoppedError: ``control.stop`` was set and the run has drained.
             EngineError: some shards failed for good; every other one is done first.
             SegbatchError: what a worker raised, when trying again cannot help.
+        """
+        ...
+
+    def has_gpus(self) -> bool:
+        """Whether a worker can have a GPU, or a part of one."""
+        ...
+
+    def on_gpu(self, ask: Callable[[], T]) -> T:
+        """What ``ask`` says where a worker would compute; only where ``has_gpus``.
+
+        Raises:
+            EngineError: no GPU came free, or the process died.
+            SegbatchError: what ``ask`` raised.
         """
         ...
 

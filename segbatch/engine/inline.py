@@ -4,8 +4,9 @@ import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
 
 from segbatch.config import EngineConfig
 from segbatch.engine.base import Control, Failures, as_ours, traced, worth_repeating
@@ -13,6 +14,8 @@ from segbatch.engine.journal import NullJournal
 from segbatch.errors import StoppedError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task, Worker, committed
+
+T = TypeVar("T")
 
 _SHARDS_AT_A_TIME = 2
 _TICK_S = 0.5
@@ -26,6 +29,16 @@ class InlineEngine:
 
     def start(self) -> None:
         """Nothing to bring up."""
+
+    def has_gpus(self) -> bool:
+        """Whether this machine has one."""
+        from segbatch.inference.execution import gpu_there  # torch's, slow to import
+
+        return gpu_there()
+
+    def on_gpu(self, ask: Callable[[], T]) -> T:
+        """Asked here."""
+        return ask()
 
     def close(self) -> None:
         """Nothing to leave."""

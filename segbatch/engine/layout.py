@@ -47,6 +47,17 @@ def layout(nodes: Sequence[Node], least: int = 0, most: int = 0, gpus: float = 0
     return actors, next((s for s in shares if places(nodes, s) >= actors), Share(1, gpus))
 
 
+def threads(nodes: Sequence[Node], actors: int, share: Share) -> int:
+    """Threads of each actor: all CPUs of the cluster divided by the actors, but no more than its own node has for it.
+
+    >>> threads([Node(2)], 1, Share(1)), threads([Node(64), Node(64), Node(16, 1)], 1, Share(15, 1.0))
+    (2, 16)
+    """
+    carriers = [n for n in nodes if not share.gpus or _by_gpu(n, share.gpus)] or nodes
+    here = max(n.cpus // max(places([n], share), 1) for n in carriers)
+    return max(min(sum(n.cpus for n in nodes) // actors, here), 1)
+
+
 def places(nodes: Sequence[Node], share: Share) -> int:
     """How many actors of a share the nodes carry.
 

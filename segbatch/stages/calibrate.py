@@ -1,14 +1,15 @@
 """How a run's model computes: decided once for each run root, on some of its own photos, and kept for whoever resumes.
 
 ``.segbatch/execution.json`` is put-if-absent, so all drivers and workers of a root compute in the same way. The driver
-measures, on one core: its processor should be like the workers'.
+measures, on one core: its processor should be like the workers'. GPUs are measured where workers would compute.
 """
 
 import contextlib
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,35 @@ from segbatch.stages.inputs import decoded, inputs
 from segbatch.tables import service
 from segbatch.version import __version__
 
+T = TypeVar("T")
+
 _SHARDS = 4
 _MOST_BYTES = 256 << 20
 """Of decoded photos; two are looked at in any case."""
+_FOR_GPUS = 4
+"""Photos that are sent to where there is a GPU."""
+
+
+class Machines(Protocol):
+    """What the workers will compute on; see ``engine.base.Engine``."""
+
+    def has_gpus(self) -> bool:
+        """Whether a worker can have a GPU."""
+        ...
+
+    def on_gpu(self, ask: Callable[[], T]) -> T:
+        """What ``ask`` says where a worker would compute."""
+        ...
 
 
 def settled(
-    run: Run, todo: Shards, model: ModelSource, wanted: ExecutionConfig, max_pixels: int, say: Callable[[str], None]
+    run: Run,
+    todo: Shards,
+    model: ModelSource,
+    wanted: ExecutionConfig,
+    max_pixels: int,
+    say: Callable[[str], None],
+    machines: Machines,
 ) -> Execution:
     """How this root computes: as it was decided, or decided now.
 
@@ -44,6 +67,7 @@ def settled(
         wanted: what the user said; heeded where nothing has been decided yet.
         max_pixels: larger photos are not looked at.
         say: told of a new decision.
+        machines: those of the run.
 
     Raises:
         ConfigError: what is wanted cannot be had; see ``execution.decide``.
@@ -52,7 +76,7 @@ def settled(
     found = _read(uri)
     if found is not None:
         return found
-    decided = _decided(run, todo, model, wanted, max_pixels)
+    decided = _decided(run, todo, model, wanted, max_pixels, machines)
     document = {"segbatch": __version__, "said": decided.said, "execution": decided.to_json()}
     try:
         storage.create(uri, json.dumps(document, indent=1).encode())
@@ -70,24 +94,42 @@ def _read(uri: str) -> Execution | None:
         return None
 
 
-def _decided(run: Run, todo: Shards, model: ModelSource, wanted: ExecutionConfig, max_pixels: int) -> Execution:
+def _decided(
+    run: Run, todo: Shards, model: ModelSource, wanted: ExecutionConfig, max_pixels: int, machines: Machines
+) -> Execution:
     asked = wanted.dtype in ("bfloat16", "float16") or wanted.engine not in ("auto", "eager")
     if tables.parts(storage.join(run.root, run.table)):
         return Execution(batch_size=0, why="as this output was begun")
     has_parts = bool(getattr(model, "has_parts", False))
-    on_gpu = wanted.device == "cuda" or (wanted.device == "auto" and has_parts and execution.gpu_there())
-    if not on_gpu and not asked and todo.rows < execution.MIN_PHOTOS:
-        return Execution(batch_size=0, why=f"{todo.rows} photos are not worth measuring")
-    if not on_gpu and not asked and not has_parts:
-        return Execution(batch_size=0, why="the model is run by its own runtime")
+    on_gpu = wanted.device == "cuda" or (wanted.device == "auto" and has_parts and machines.has_gpus())
+    idle = "" if asked else _why_not_measured(todo, has_parts)
+    if idle and not on_gpu:
+        return Execution(batch_size=0, why=idle)
     with _one_thread():
         segmenter = model.load(1)
         photos = list(_photos(todo, segmenter.spec.input.slices, max_pixels))
         if not photos:
             return Execution(batch_size=0, why="none of the first photos can be read")
         if on_gpu:
-            return execution.decide_on_gpu(lambda: model.load(1), photos, wanted)
+            ask = functools.partial(_on_gpu, model, photos[:_FOR_GPUS], wanted)
+            found = machines.on_gpu(ask) if machines.has_gpus() else ask()
+            if found is not None or idle:
+                return found or Execution(batch_size=0, why=idle)
         return execution.decide(segmenter, photos, todo.rows, wanted)
+
+
+def _why_not_measured(todo: Shards, has_parts: bool) -> str:
+    """Why a CPU need not be measured, as nobody asks for it; empty where it has to be."""
+    if todo.rows < execution.MIN_PHOTOS:
+        return f"{todo.rows} photos are not worth measuring"
+    return "" if has_parts else "the model is run by its own runtime"
+
+
+def _on_gpu(model: ModelSource, photos: Sequence[NDArray[Any]], wanted: ExecutionConfig) -> Execution | None:
+    """What is decided where there is a GPU; None where torch cannot use it and nobody insists."""
+    if wanted.device == "auto" and not execution.gpu_there():
+        return None
+    return execution.decide_on_gpu(functools.partial(model.load, 1), photos, wanted)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -35,7 +36,7 @@ from segbatch.runs import Journal, Run, commit, items_of
 from segbatch.shards import Shards
 from segbatch.stages.allocator import keep_freed_pages
 from segbatch.stages.batches import Kind, Room, gathered, in_order
-from segbatch.stages.calibrate import settled
+from segbatch.stages.calibrate import Machines, settled
 from segbatch.stages.inputs import Decoder, Input, decoded, fed_of, inputs, on_the_photo
 from segbatch.stages.mask_rows import MaskRow, masks_batch
 
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 ROWS_PER_BATCH = 64
 READERS = 8  # reads in flight: a store answers in tens of milliseconds, a local disk in one
-PHOTOS_AHEAD = 32  # bytes that wait for a codec thread
+PHOTOS_AHEAD = 32  # whose bytes wait for a codec thread, or two batches if those are more
 _CHUNK = 4  # photos that go through the threads together: fewer hand-overs, while little waits
 _ONE_SIZE = ("stretch", "letterbox")  # ways of resizing after which all photos have one shape
 _SPAN = 32  # batches' worth of photos among which others of the same shape are sought; COCO's sizes fill 4 of 5 places
@@ -104,11 +105,11 @@ class PredictTask:
     wanted: ExecutionConfig = field(default_factory=ExecutionConfig)
     execution: Execution | None = None
 
-    def settled(self, run: Run, todo: Shards, say: Callable[[str], None]) -> "PredictTask":
+    def settled(self, run: Run, todo: Shards, say: Callable[[str], None], machines: Machines) -> "PredictTask":
         """The task with its ``execution``, which is decided once for each run root; see ``stages.calibrate``."""
         if self.execution is not None:
             return self
-        decided = settled(run, todo, self.model, self.wanted, self.max_pixels, say)
+        decided = settled(run, todo, self.model, self.wanted, self.max_pixels, say, machines)
         return replace(self, execution=decided)
 
     @property
@@ -134,8 +135,8 @@ class PredictWorker:
                 "choose another output for the new model",
             )
         decided = task.execution or Execution(batch_size=0)
-        segmenter = apply(segmenter, decided, threads)
         batch_size = task.batch_size or decided.batch_size or auto_batch_size(segmenter.spec)
+        segmenter = apply(segmenter, replace(decided, batch_size=batch_size), threads)
         self._predictor = Predictor(segmenter, batch_size)
         # a pass of several models (``predict_many``) reads these, and gives them all one decoder
         self.slices = segmenter.spec.input.slices
@@ -204,9 +205,8 @@ class PredictWorker:
     def _rows(self, shard: int, photos: Iterable[Input], skip: Mapping[str, str]) -> Iterator[PhotoRow]:
         """Rows in the order of their photos, which are read ahead and then worked on by codec threads."""
         mixed = self._predictor.batch_size > 1 and self._predictor.spec.input.resize not in _ONE_SIZE
-        size = _CHUNK if mixed else self.chunk
-        reading = (self._readers.submit(self.read, c, skip) for c in chunks_of(photos, size))
-        chunks = (r.result() for r in ahead(reading, max(PHOTOS_AHEAD // size, 1)))
+        read = read_ahead(self._readers, partial(self.read, skip=skip), photos, _CHUNK if mixed else self.chunk)
+        chunks = (list(itertools.chain.from_iterable(parts)) for parts in read)
         counted = 0
         try:
             for row in (self._in_batches if mixed else self._in_chunks)(shard, chunks):
@@ -453,10 +453,23 @@ def ahead(futures: Iterable[Future[T]], window: int) -> Iterator[Future[T]]:
             future.cancel()
 
 
-def chunks_of(photos: Iterable[Input], size: int) -> Iterator[list[Input]]:
-    """Photos in order, in lists of ``size``; the last one may be shorter."""
-    chunk: list[Input] = []
-    for item in photos:
+def read_ahead(
+    readers: ThreadPoolExecutor, read: Callable[[list[Input]], T], photos: Iterable[Input], size: int
+) -> Iterator[list[T]]:
+    """What ``read`` gives for photos in order, called for a few at a time, a list for each chunk of ``size`` photos.
+
+    However large the chunks are, all readers have something to do.
+    """
+    parts = itertools.chain.from_iterable(chunks_of(c, _CHUNK) for c in chunks_of(photos, size))
+    reading = (readers.submit(read, part) for part in parts)
+    done = (r.result() for r in ahead(reading, max(PHOTOS_AHEAD, 2 * size) // _CHUNK))
+    return chunks_of(done, -(-size // _CHUNK))
+
+
+def chunks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Items in order, in lists of ``size``; the last one may be shorter."""
+    chunk: list[T] = []
+    for item in items:
         chunk.append(item)
         if len(chunk) >= size:
             yield chunk

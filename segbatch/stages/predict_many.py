@@ -24,15 +24,14 @@ from segbatch.stages import inputs as reading
 from segbatch.stages.inputs import Fed, Input
 from segbatch.stages.mask_rows import masks_batch
 from segbatch.stages.predict import (
-    PHOTOS_AHEAD,
     READERS,
     ROWS_PER_BATCH,
     PhotoRow,
     PredictTask,
     PredictWorker,
     ahead,
-    chunks_of,
     mask_row,
+    read_ahead,
     source_of,
 )
 
@@ -210,9 +209,9 @@ class PredictManyWorker:
         self, number: int, photos: Iterable[Input], aliases: tuple[str, ...], skip: Mapping[str, str]
     ) -> Iterator[dict[str, list[PhotoRow]]]:
         """Rows of every model, in the order of their photos, a chunk at a time."""
-        fetching = (self._readers.submit(self._read, c, aliases, skip) for c in chunks_of(photos, self._chunk))
-        read = (r.result() for r in ahead(fetching, max(PHOTOS_AHEAD // self._chunk, 1)))
-        working = (self._pool.submit(self._work, number, rows_of) for rows_of in read)
+        read = functools.partial(self._read, aliases=aliases, skip=skip)
+        chunks = read_ahead(self._readers, read, photos, self._chunk)
+        working = (self._pool.submit(self._work, number, _joined(parts)) for parts in chunks)
         for done in ahead(working, self._window):
             yield done.result()
 
@@ -269,6 +268,10 @@ class _Sheet:
     def _write(self) -> None:
         self._writer.write(masks_batch(list(map(mask_row, self._pending)), self._digest))
         self._pending = []
+
+
+def _joined(parts: Sequence[Mapping[str, list[PhotoRow]]]) -> dict[str, list[PhotoRow]]:
+    return {alias: [row for part in parts for row in part[alias]] for alias in parts[0]}
 
 
 def _all_skip(photo: Input, aliases: Sequence[str], skip: Mapping[str, str]) -> bool:

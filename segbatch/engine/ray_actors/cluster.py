@@ -138,6 +138,11 @@ def ask_node(function: Any, node: str, *arguments: Any) -> Any:
     return function.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*arguments)
 
 
+def ask_gpu(function: Any, gpus: float, *arguments: Any) -> Any:
+    """The reference of what a remote function will say once, in a process of its own that has so many GPUs."""
+    return function.options(num_gpus=gpus).remote(*arguments)
+
+
 def put(value: Any) -> Any:
     """A reference that every node can follow."""
     return ray.put(value)

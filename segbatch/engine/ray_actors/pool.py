@@ -12,7 +12,7 @@ from typing import Any
 
 from segbatch.config import EngineConfig
 from segbatch.engine.base import uses_gpu
-from segbatch.engine.layout import Share, layout, places, within
+from segbatch.engine.layout import Share, layout, places, threads, within
 from segbatch.engine.ray_actors import cluster
 from segbatch.engine.ray_actors.actor import Actor, Place
 from segbatch.engine.ray_actors.cluster import RayError, last_line
@@ -101,7 +101,7 @@ class Pool:
                 f"no node of the cluster has {gpus:g} GPUs for an actor", "set engine.gpus_per_actor to 0 or to less"
             )
         self.wanted, self.share = layout(sizes, self._least, self._most, gpus)
-        self.threads = config.threads or max(sum(n.cpus for n in sizes) // self.wanted, 1)
+        self.threads = config.threads or threads(sizes, self.wanted, self.share)
         self.slots: list[Slot] = []
 
     def start(self) -> Slot:

@@ -4,18 +4,24 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from typing import TypeVar
 
 from segbatch.config import EngineConfig
 from segbatch.engine.base import Control
 from segbatch.engine.ray_actors import cluster
-from segbatch.engine.ray_actors.actor import version
+from segbatch.engine.ray_actors.actor import said, version
 from segbatch.engine.ray_actors.cluster import RayError, last_line
 from segbatch.engine.ray_actors.driver import Driver
 from segbatch.errors import EngineError
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Task
 from segbatch.version import __version__
+
+T = TypeVar("T")
+
+_GPU_ANSWER_S = 1800.0
+"""For a GPU to come free, and to measure three number formats on it."""
 
 
 class RayEngine:
@@ -76,6 +82,30 @@ class RayEngine:
         if self._owns_ray and cluster.is_up():
             cluster.disconnect()
         self._owns_ray = False
+
+    def has_gpus(self) -> bool:
+        """Whether a node has one."""
+        return any(node.gpus > 0 for node in cluster.sizes(cluster.nodes()))
+
+    def on_gpu(self, ask: Callable[[], T]) -> T:
+        """Asked on a node with a GPU, in a process that ends afterwards and leaves the GPU's memory to the actors.
+
+        The driver may be on a machine without one.
+        """
+        gpus = self._config.gpus_per_actor or 1.0
+        try:
+            found: T = cluster.get(cluster.ask_gpu(said, gpus, ask), _GPU_ANSWER_S)
+        except cluster.GetTimeoutError as error:
+            raise EngineError(
+                f"no node had {gpus:g} GPUs to spare for {_GPU_ANSWER_S:.0f} s", "wait for other jobs to end"
+            ) from error
+        except cluster.RayTaskError as error:
+            raise cluster.cause(error) from error
+        except RayError as error:
+            raise EngineError(
+                f"the process that was to measure on a GPU died: {last_line(error)}", "run the same command again"
+            ) from error
+        return found
 
     def map(self, task: Task, shards: Iterable[ShardRef], control: Control) -> Generator[Outcome]:
         """Work on the shards with as many actors as the machines carry."""
