@@ -8,6 +8,7 @@ is flat whatever the size of the shard.
 
 import bisect
 import itertools
+import logging
 import os
 import threading
 import time
@@ -39,6 +40,8 @@ from segbatch.stages.batches import Kind, Room, gathered, in_order
 from segbatch.stages.calibrate import Machines, settled
 from segbatch.stages.inputs import Decoder, Input, decoded, fed_of, inputs, on_the_photo
 from segbatch.stages.mask_rows import MaskRow, masks_batch
+
+log = logging.getLogger(__name__)
 
 _MODEL_ERRORS = (RuntimeError, ValueError, MemoryError, ArithmeticError, LookupError, TypeError, AttributeError)
 T = TypeVar("T")
@@ -319,11 +322,14 @@ class PredictWorker:
         try:
             raws = self._predictor.forward([r.prepared for r in rows if r.prepared is not None])
         except _MODEL_ERRORS as error:
-            if "CUDA error" in str(error) and "out of memory" not in str(error):
-                os._exit(70)  # the context is lost: only a new process helps, and it is no row's fault
+            if _is_lost(error):
+                log.critical("the GPU's context is lost, this process ends: %s", error)
+                os._exit(70)  # only a new process helps, and it is no row's fault
+            lines = str(error).strip().splitlines()
+            raws, said = None, f"the model raised {type(error).__name__}: {lines[0] if lines else ''}"
+        if raws is None:  # out here the traceback does not hold the batch any more
             if len(rows) == 1:
-                said = str(error).strip().splitlines()
-                rows[0].fail("model-error", f"the model raised {type(error).__name__}: {said[0] if said else ''}")
+                rows[0].fail("model-error", said)
                 return
             half = len(rows) // 2
             self._predict(rows[:half])
@@ -418,6 +424,13 @@ def _as_it_is(item: Input) -> Input:
         return item
     found = storage.stat(item.uri)
     return item if found is None else replace(item, etag=found.etag)
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a GPU can no longer be used by this process."""
+    said = str(error)
+    room = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED when calling `cublasCreate")
+    return "CUDA error" in said and not any(r in said for r in room)
 
 
 def _stored(prediction: Prediction, row: PhotoRow) -> Prediction:
