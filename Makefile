@@ -51,7 +51,7 @@ test: install $(S3_STAMP)
 	$(WITH_SERVERS) -m "($(SERVERS)) and not slow"
 
 test-all: install $(S3_STAMP)
-	$(PARALLEL) tests -m "not ($(SERVERS))"
+	$(PARALLEL) --dist worksteal tests -m "not ($(SERVERS))"
 	$(WITH_SERVERS) -m "$(SERVERS)"
 
 bench: install
