@@ -417,9 +417,7 @@ def gc(
     if incomplete and keep_runs is None:
         raise ConfigError("--incomplete says which runs may go, and none may", "add --keep-runs N")
     found = cleanup.find(roots, run_of, keep_runs, incomplete)
-    if not dry_run:
-        cleanup.remove(found.garbage)
-    return found
+    return found if dry_run else cleanup.remove(found)
 
 
 def verify(out: str, *, options: RunOptions | None = None, watch: Watch | None = None) -> "Verified":

@@ -9,14 +9,17 @@ Of a run root go, while no driver is at work on it:
 - heartbeats of drivers that died, and probes for put-if-absent.
 
 Of a folder of run roots go, beside these, the oldest complete runs beyond a number, counted by verb. What a run that
-stays was made from stays too. Of a run that goes, its tables' part files and ``.segbatch`` go; other files that lie in
-it stay, and so does the folder then.
+stays was made from stays too, also if that run lies within another one or is a trained model. Of a run that goes, its
+tables' part files and ``.segbatch`` go; other files that lie in it stay, and so does the folder then. Symbolic links
+are not followed.
 """
 
+import itertools
 import json
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from segbatch import drivers, schemas, storage, tables
@@ -27,6 +30,9 @@ from segbatch.storage import ObjectInfo
 from segbatch.tables import service
 
 _PROBE = "probe-"
+
+_PATIENCE_S = 150.0
+"""A heartbeat elsewhere that does not change for so long is a dead driver's: longer than a store may take for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,28 +93,53 @@ def find(
                 raise ConfigError(f"{root} is not a run root: it has no .segbatch/config.json", "give OUT of a run")
         found = resolved
     else:
-        found = [r for root in resolved for r in _run_roots(root)]
+        found = list({_place(r): r for root in resolved for r in _run_roots(root)}.values())
         if not found:
             raise ConfigError(f"there are no run roots below {', '.join(resolved)}", "give the folder that holds them")
-    looked = drivers.look(found)
+    # Before drivers are looked for: what one begins later is not among them
+    plans = {root: storage.list_folders(service(root, "plans")) for root in found}
+    looked = drivers.look(found, _PATIENCE_S)
     busy = {r: tuple(d for d in there if d.alive) for r, there in looked.items() if any(d.alive for d in there)}
     if list(busy) == resolved:
         raise ConfigError(f"{found[0]} is in use by {busy[found[0]][0].name}", "clean up when it is done")
-    old, kept = ({}, {}) if keep_runs is None else _old_runs(found, set(busy), keep_runs, incomplete)
+    old, kept = ({}, {}) if keep_runs is None else _old_runs(found, resolved, set(busy), keep_runs, incomplete)
     garbage: list[Garbage] = []
     for root in (r for r in found if r not in busy):
-        garbage += [_whole(root, old[root])] if root in old else _of_root(open_run(root), looked[root])
+        garbage += [_whole(root, old[root])] if root in old else _of_root(open_run(root), looked[root], plans[root])
     return Cleanup(tuple(g for g in garbage if g.files), busy, kept)
 
 
-def remove(garbage: Iterable[Garbage]) -> None:
-    """Delete the files, and the folders that are empty then."""
-    for entry in garbage:
-        for info in entry.files:
-            storage.delete(info.uri)
-        folders = {folder for info in entry.files for folder in _folders_above(info.uri, entry.root)}
-        for folder in sorted(folders, key=len, reverse=True):
-            storage.remove_empty_folder(folder)
+def remove(found: Cleanup) -> Cleanup:
+    """Delete the files, and the folders that are empty then.
+
+    Returns:
+        What has gone: a run root that a driver has begun to work on since is left alone.
+    """
+    gone: list[Garbage] = []
+    busy = dict(found.busy)
+    for root, entries in itertools.groupby(found.garbage, lambda g: g.root):
+        here = list(entries)
+        if there := _begun_since(root, here):
+            busy[root] = there
+            continue
+        for entry in here:
+            _delete(entry)
+            gone.append(entry)
+    return replace(found, garbage=tuple(gone), busy=busy)
+
+
+def _begun_since(root: str, garbage: Sequence[Garbage]) -> tuple[Driver, ...]:
+    """Drivers whose heartbeats are not among the garbage."""
+    known = {info.uri for entry in garbage for info in entry.files}
+    return tuple(driver for uri, (_, driver) in drivers.heartbeats(root).items() if uri not in known)
+
+
+def _delete(entry: Garbage) -> None:
+    for info in entry.files:
+        storage.delete(info.uri)
+    folders = {folder for info in entry.files for folder in _folders_above(info.uri, entry.root)}
+    for folder in sorted(folders, key=len, reverse=True):
+        storage.remove_empty_folder(folder)
 
 
 def _folders_above(uri: str, root: str) -> Iterator[str]:
@@ -120,7 +151,7 @@ def _folders_above(uri: str, root: str) -> Iterator[str]:
 # -- of one run root -------------------------------------------------------------------------------------------------
 
 
-def _of_root(run: Run, found: Sequence[Driver]) -> list[Garbage]:
+def _of_root(run: Run, found: Sequence[Driver], plans: Sequence[str]) -> list[Garbage]:
     def of(kind: str, what: str, files: Iterable[ObjectInfo]) -> Garbage:
         listed = tuple(files)
         return Garbage(run.root, kind, f"{len(listed)} {what}", listed)
@@ -130,7 +161,7 @@ def _of_root(run: Run, found: Sequence[Driver]) -> list[Garbage]:
     probes = storage.list_files(service(run.root), recursive=False)
     return [
         of("temporary", "temporary files of writers that are gone", storage.left_temporary(run.root)),
-        of("plan", "files of plans that were never published", _unpublished(run)),
+        of("plan", "files of plans that were never published", _unpublished(run, plans)),
         of("outcomes", "outcome logs that tell nothing any more", run.void_logs()),
         of("quarantine", "quarantined samples that have changed since", run.stale_quarantine()),
         of("driver", "heartbeats of drivers that died", (h for h in heartbeats if storage.name_of(h.uri) in dead)),
@@ -138,12 +169,11 @@ def _of_root(run: Run, found: Sequence[Driver]) -> list[Garbage]:
     ]
 
 
-def _unpublished(run: Run) -> Iterator[ObjectInfo]:
-    folder = service(run.root, "plans")
+def _unpublished(run: Run, folders: Sequence[str]) -> Iterator[ObjectInfo]:
     named = {info.folder for info in run.plans()}
-    for name in storage.list_folders(folder):
+    for name in folders:
         if name not in named:
-            yield from storage.list_files(storage.join(folder, name))
+            yield from storage.list_files(service(run.root, "plans", name))
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -156,10 +186,33 @@ def _is_run_root(root: str) -> bool:
 def _run_roots(folder: str) -> Iterator[str]:
     """Every run root in a folder, not those within another one."""
     if _is_run_root(folder):
-        yield folder
+        if "verb" in _json(service(folder, "config.json")):  # else a trained model
+            yield folder
         return
+    for inner in _folders(folder):
+        yield from _run_roots(inner)
+
+
+def _all_roots(folder: str) -> Iterator[str]:
+    """Every run root and trained model in a folder, also those within others."""
+    if _is_run_root(folder):
+        yield folder
+    for inner in _folders(folder):
+        if storage.name_of(inner) not in (*schemas.TABLES, tables.SERVICE) or _is_run_root(inner):
+            yield from _all_roots(inner)
+
+
+def _folders(folder: str) -> Iterator[str]:
+    """The folders in a folder, but no links."""
     for name in storage.list_folders(folder):
-        yield from _run_roots(storage.join(folder, name))
+        inner = storage.join(folder, name)
+        if not (storage.is_local(inner) and os.path.islink(inner)):
+            yield inner
+
+
+def _place(uri: str) -> str:
+    """Where it really is, past all links."""
+    return os.path.realpath(uri) if storage.is_local(uri) else uri
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +233,17 @@ def _known(root: str) -> _Known:
     published = storage.list_files(service(root, "plans"), (".json",), recursive=False)
     plans = sum(1 for _ in published)
     is_complete = bool(manifest) and all(f"SUCCESS-{n}" in names for n in range(plans))
-    texts = [v for v in document.get("config", {}).values() if isinstance(v, str)]
     when = str(manifest["finished"] if is_complete else document.get("created", ""))
-    return _Known(root, str(document.get("verb", "")), when, is_complete, tuple(texts))
+    return _Known(root, str(document.get("verb", "")), when, is_complete, tuple(map(_place, _texts(document))))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a document that may be a place."""
+    if isinstance(value, str) and "/" in value:
+        yield value
+    elif isinstance(value, Mapping | list):
+        for member in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(member)
 
 
 def _json(uri: str) -> dict[str, Any]:
@@ -194,11 +255,13 @@ def _json(uri: str) -> dict[str, Any]:
 
 
 def _old_runs(
-    roots: Sequence[str], busy: set[str], keep: int, incomplete: bool
+    roots: Sequence[str], folders: Sequence[str], busy: set[str], keep: int, incomplete: bool
 ) -> tuple[dict[str, _Known], dict[str, str]]:
     """Runs beyond the newest ``keep`` of each verb, and those of them that stay with the reason."""
     by_verb: dict[str, list[_Known]] = defaultdict(list)
     known = {root: _known(root) for root in roots}
+    inner = (root for folder in folders for root in _all_roots(folder))
+    everything = known | {root: _known(root) for root in inner if root not in known}
     for run in known.values():
         if run.root not in busy and (run.is_complete or incomplete):
             by_verb[run.verb].append(run)
@@ -207,8 +270,8 @@ def _old_runs(
     while needed := {
         old_root: root
         for old_root in old
-        for root, run in known.items()
-        if root not in old and any(_leads_to(s, old_root) for s in run.sources)
+        for root, run in everything.items()
+        if root not in old and any(_leads_to(s, _place(old_root)) for s in run.sources)
     }:
         for root, by in needed.items():
             kept[root] = f"{by} was made from it"

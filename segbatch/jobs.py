@@ -415,6 +415,8 @@ def run_of(out: str) -> Run:
     document = Run(root, "").document()
     if document is None:
         raise ConfigError(f"{out} is not a run root: it has no .segbatch/config.json", "give the OUT of an earlier run")
+    if "verb" not in document:
+        raise ConfigError(f"{out} holds a trained model, no table", f"segbatch models KIND@{out} tells what it is")
     return Run(root, _TABLES.get(document["verb"]) or document["config"]["table"])
 
 

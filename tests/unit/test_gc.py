@@ -10,7 +10,7 @@ import pytest
 from doubles import FreeModel
 
 import segbatch
-from segbatch import api, cli, drivers, planning, storage
+from segbatch import api, cleanup, cli, drivers, jobs, planning, storage
 from segbatch.config import EngineConfig, PlanConfig, RunOptions
 from segbatch.errors import ConfigError
 from segbatch.runs import Run
@@ -167,6 +167,83 @@ def test_samples_that_kept_masks_were_made_from_stay(nights: Path) -> None:
     done = api.gc([str(nights)], keep_runs=2)
     assert {Path(g.root).relative_to(nights).as_posix() for g in done.garbage} == {"night-0/samples", "night-0/masks"}
     assert done.kept == {f"{nights}/night-1/samples": f"{nights}/night-1/masks was made from it"}
+
+
+def dated(root: Path, day: int) -> Path:
+    """The run as if it had ended on that day."""
+    manifest = root / ".segbatch" / "manifest.json"
+    manifest.write_text(
+        json.dumps(json.loads(manifest.read_text()) | {"finished": f"2026-01-{day:02d}T03:00:00+00:00"})
+    )
+    return root
+
+
+def test_links_are_no_runs(tmp_path: Path, source: Path) -> None:
+    elsewhere = dated(predicted(tmp_path / "elsewhere", source), 1)
+    older, newer = (dated(predicted(tmp_path / "runs" / str(day), source), day) for day in (2, 3))
+    (tmp_path / "runs" / "latest").symlink_to(newer.name)
+    (tmp_path / "runs" / "z").symlink_to(elsewhere)
+    before = tree(newer), tree(elsewhere)
+    assert api.gc([str(tmp_path / "runs")], keep_runs=2).garbage == ()
+    assert [g.root for g in api.gc([str(tmp_path / "runs")], keep_runs=1).garbage] == [str(older)]
+    assert (tree(newer), tree(elsewhere)) == before
+    assert api.gc([str(tmp_path / "runs"), str(tmp_path / "runs" / "latest")], keep_runs=1).garbage == ()
+
+
+@pytest.mark.parametrize("place", ["d1/preds", "d1/masks", "other"])
+def test_what_another_run_was_made_from_stays_wherever_that_is(tmp_path: Path, source: Path, place: str) -> None:
+    runs = tmp_path / "runs"
+    for day in (1, 2):
+        segbatch.ingest("images", str(source), str(runs / f"d{day}"), options=SMALL)
+        dated(runs / f"d{day}", day)
+    (tmp_path / "by-link").symlink_to(runs / "d1")
+    predicted(runs / place, tmp_path / "by-link")
+    done = api.gc([str(runs)], keep_runs=1)
+    assert done.garbage == () and list(done.kept) == [f"{runs}/d1"]
+
+
+def test_what_a_model_was_trained_on_stays(tmp_path: Path, source: Path) -> None:
+    runs = tmp_path / "runs"
+    for day in (1, 2):
+        segbatch.ingest("images", str(source), str(runs / f"d{day}"), options=SMALL)
+        dated(runs / f"d{day}", day)
+    config = runs / "model" / ".segbatch" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"train": {"samples": str(runs / "d1")}, "digest": "0"}))
+    done = api.gc([str(runs)], keep_runs=1)
+    assert done.garbage == () and done.kept == {f"{runs}/d1": f"{runs}/model was made from it"}
+    assert config.exists()
+    with pytest.raises(ConfigError, match="holds a trained model"):
+        api.status(str(runs / "model"))
+
+
+def test_a_driver_that_begins_meanwhile_keeps_its_plan(
+    out: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, begun = Run.plans, []
+
+    def and_another(run: Run) -> object:
+        """Published after the plans were read, and before their folders are."""
+        found = plans(run)
+        if not begun:
+            begun.append(True)
+            (source / "more.jpg").write_bytes(photos.jpeg(9))
+            predicted(out, source)
+        return found
+
+    monkeypatch.setattr(Run, "plans", and_another)
+    assert [g.kind for g in api.gc([str(out)]).garbage] == []
+    assert api.status(str(out)).rows_done == 5
+
+
+def test_a_root_on_which_a_driver_has_begun_is_left_alone(out: Path) -> None:
+    left = litter(out)
+    found = cleanup.find([str(out)], jobs.run_of)
+    with drivers.beating(str(out), "predict"):
+        done = cleanup.remove(found)
+    assert done.garbage == () and list(done.busy) == [str(out)]
+    assert all(p.exists() for p in left.values())
+    assert cleanup.remove(found).garbage == found.garbage
 
 
 def test_unfinished_runs_go_only_when_asked(nights: Path) -> None:
