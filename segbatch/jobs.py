@@ -434,8 +434,11 @@ def job_of(out: str, model: "str | ModelSource" = "") -> Job:
         return compact_job(c["source"], run.root, c["file_bytes"])
     if document["verb"] == "import":
         return import_job(c["format"], c["files"], c["samples"], run.root)
+    from segbatch.inference.options import InferenceOptions
+
     selection = Selection(c["where"], c["limit"])
-    return predict_job(model or c["model"], c["input"], run.root, c["classes"], selection, 0, c["max_pixels"])
+    said = InferenceOptions.model_validate(c["inference"]) if "inference" in c else None
+    return predict_job(model or c["model"], c["input"], run.root, c["classes"], selection, 0, c["max_pixels"], said)
 
 
 def dry_run(job: Job, options: RunOptions) -> Preview:
@@ -473,15 +476,19 @@ def planned(
 ) -> Iterator[Shards]:
     """Plan what is new; gives what there is to do, until nothing is."""
     plan = options.plan.model_copy(update={"shard_rows": 2**31}) if job.unsplit else options.plan
+
+    def describe() -> None:
+        """Before a plan is there to be worked on: new inputs may bring new classes."""
+        tables.write_dataset_info(run.root, job.info())
+
     if failed:
         run.clear_quarantine()
-        rounds, is_described = iter([run.to_retry()]), True
+        rounds = iter([run.to_retry()])
     else:
-        adopted = _is_chosen(job) or run.plan(listing, plan, job.complete, job.grouped) is None
+        adopted = _is_chosen(job) or run.plan(listing, plan, job.complete, job.grouped, describe) is None
         rounds = _rounds(run, adopted)
-        is_described = adopted
-    if not is_described or not storage.exists(tables.service(run.root, "dataset.json")):
-        tables.write_dataset_info(run.root, job.info())  # new inputs may bring new classes
+    if not storage.exists(tables.service(run.root, "dataset.json")):
+        describe()
     return rounds
 
 

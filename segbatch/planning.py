@@ -109,10 +109,12 @@ def publish(
     options: PlanConfig,
     complete: bool = True,
     grouped: bool = False,
+    before: Callable[[], None] = lambda: None,
 ) -> PlanInfo | None:
     """Plan what the plans so far lack, and publish it; None when nothing is new.
 
-    When another driver publishes first, its plan is adopted and only what it lacks is planned.
+    When another driver publishes first, its plan is adopted and only what it lacks is planned. ``before`` is called
+    when a plan is about to be published: what must be known of its items is written then.
 
     Raises:
         ConfigError: two items share a sample id.
@@ -121,14 +123,14 @@ def publish(
         plans = published(root)
         try:
             if not plans:
-                return _write(root, table, cut(listing(), options, 0, grouped), number=0, next_shard=0)
+                return _write(root, table, cut(listing(), options, 0, grouped), 0, 0, before)
             next_shard = plans[-1].next_shard
             with _changes(root, plans, listing(), complete) as changes:
                 cuts = itertools.chain(
                     (_Cut(items, number, key) for number, key, items in changes.rewrites),
                     cut(changes.new, options, next_shard, grouped),
                 )
-                return _write(root, table, cuts, len(plans), next_shard)
+                return _write(root, table, cuts, len(plans), next_shard, before)
         except _Lost:
             continue
 
@@ -251,7 +253,9 @@ def _key(number: int, items: Sequence[PlanItem]) -> str:
     return f"part-{number:08d}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}.parquet"
 
 
-def _write(root: str, table: str, cuts: Iterable[_Cut], number: int, next_shard: int) -> PlanInfo | None:
+def _write(
+    root: str, table: str, cuts: Iterable[_Cut], number: int, next_shard: int, before: Callable[[], None]
+) -> PlanInfo | None:
     """Write the parts of a plan, then publish it; None when it is empty.
 
     Raises:
@@ -270,6 +274,7 @@ def _write(root: str, table: str, cuts: Iterable[_Cut], number: int, next_shard:
             return None
         writer.close()
         _check_unique(writer.duplicates())
+        before()
     except BaseException:
         writer.discard()
         raise

@@ -203,6 +203,7 @@ class Run:
         options: PlanConfig,
         complete: bool = True,
         grouped: bool = False,
+        before: Callable[[], None] = lambda: None,
     ) -> PlanInfo | None:
         """Plan what is new, changed or gone since the plans so far; None when there is nothing to plan.
 
@@ -211,8 +212,9 @@ class Run:
             options: how to cut shards.
             complete: ``listing`` gives the whole input, so that planned items which it lacks have vanished.
             grouped: neighbours of one ``group_id`` in one listing lie in one shard; see ``planning.cut``.
+            before: called when a plan is about to be published.
         """
-        return planning.publish(self.root, self.table, listing, self._sized(options), complete, grouped)
+        return planning.publish(self.root, self.table, listing, self._sized(options), complete, grouped, before)
 
     def _sized(self, options: PlanConfig) -> PlanConfig:
         """Shards of about ``shard_seconds``, by what the rows of earlier plans took; as they are where none did."""
@@ -516,7 +518,7 @@ def commit(
 def _publish(shard: ShardRef, data: bytes, footer: Mapping[str, str], basis: str) -> Outcome:
     for _ in range(_COMMIT_ATTEMPTS):
         before = storage.stat(shard.uri)
-        if before is not None and not (shard.mode == "retry" and before.etag == basis):
+        if before is not None and not (shard.mode == "retry" and before.etag == basis and not _is_newer(shard)):
             other = _of_other(shard, before, footer["segbatch.attempt"])
             if other is not None:
                 return other
@@ -545,6 +547,11 @@ def _of_other(shard: ShardRef, found: ObjectInfo, attempt: str = "") -> Outcome 
     if _plan_of(footer) < shard.plan:
         return None
     return replace(_outcome(shard, footer, found), committed_by_other=footer.get("segbatch.attempt") != attempt)
+
+
+def _is_newer(shard: ShardRef) -> bool:
+    """Whether the result that is there is of a later plan: the shard has been made again since."""
+    return _plan_of(tables.footer(shard.uri)) > shard.plan
 
 
 def _plan_of(footer: Mapping[str, str]) -> int:

@@ -9,17 +9,21 @@ import photos
 import pytest
 import torch
 
-from segbatch import api
+from segbatch import api, jobs
 from segbatch.config import EngineConfig, ExecutionConfig, RunOptions
 from segbatch.engine.inline import InlineEngine
 from segbatch.errors import ConfigError
 from segbatch.inference import execution
 from segbatch.inference.execution import Execution
+from segbatch.inference.options import InferenceOptions
+from segbatch.jobs import Limits
 from segbatch.models import checkpoint
 from segbatch.models.config import UNetConfig
 from segbatch.models.unet import UNet
 from segbatch.records import ClassInfo, ClassTable
+from segbatch.runs import Run
 
+ALL = Limits(1.0)
 CLASSES = ClassTable(tuple(ClassInfo(i, f"class {i}") for i in range(3)))
 
 
@@ -38,16 +42,47 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def predicted(root: Path, **inference: Any) -> dict[str, Any]:
-    """``.segbatch/execution.json`` of a U-Net over six photos."""
+def network(root: Path) -> str:
+    """A small U-Net."""
     torch.manual_seed(0)
     config = UNetConfig(width=4, depth=3)
     checkpoint.write(str(root / "model"), UNet(config, 3), "unet", config, CLASSES, {"steps": 1})
+    return f"unet@{root / 'model'}"
+
+
+def predicted(root: Path, **inference: Any) -> dict[str, Any]:
+    """``.segbatch/execution.json`` of a U-Net over six photos."""
     photos.folder(root / "photos", 6)
     options = RunOptions(engine=EngineConfig(kind="inline", threads=1), inference=ExecutionConfig(**inference))
-    api.predict(f"unet@{root / 'model'}", str(root / "photos"), str(root / "out"), options=options)
+    api.predict(network(root), str(root / "photos"), str(root / "out"), options=options)
     document: dict[str, Any] = json.loads((root / "out/.segbatch/execution.json").read_text())
     return document
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"flip": True},
+        {"scales": (0.5, 1.0)},
+        {"tile": 256, "overlap": 32},
+        {"confidence": True},
+        {"confidence": True, "flip": True, "tile": 512, "scales": (1.0, 1.5)},
+    ],
+)
+def test_a_run_can_be_told_again_from_its_root(tmp_path: Path, said: dict[str, Any]) -> None:
+    """Whatever was asked of the model; ``retry`` and ``status`` begin so."""
+    photos.folder(tmp_path / "photos", 2)
+    (tmp_path / "photos" / "odd.jpg").write_bytes(b"not a photo")
+    options = RunOptions(engine=EngineConfig(kind="inline", threads=1))
+    out = str(tmp_path / "out")
+    how = InferenceOptions.model_validate(said)
+    result = api.predict(network(tmp_path), str(tmp_path / "photos"), out, inference=how, limits=ALL, options=options)
+    assert result.state.bad == 1
+    asked_for = jobs.job_of(out).config
+    assert asked_for == Run(out, "masks").document()["config"]  # type: ignore[index]
+    (tmp_path / "photos" / "odd.jpg").write_bytes(photos.jpeg(3))
+    assert api.retry(out, options=options).state.bad == 0
 
 
 def test_the_machines_gpu_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:

@@ -206,6 +206,24 @@ def test_retry_redoes_bad_shards_once(run: Run) -> None:
     assert list(run.failed()) == []
 
 
+def test_a_retry_of_an_older_plan_never_overwrites(run: Run) -> None:
+    """It reads the shard's result, and so its tag, when another driver has made it anew already."""
+    for shard in list(run.missing()):
+        work(run, shard, "truncated")
+    late = next(s for s in run.failed() if s.number == 0)
+    outcome = work(run, rewritten(run))
+    assert commit(late, writer_of(late), {}, basis=outcome.etag).committed_by_other
+    assert run.state().complete
+
+
+def test_what_a_plan_needs_is_written_before_it_is_there(run: Run) -> None:
+    seen: list[int] = []
+    run.plan(lambda: images(12), PlanConfig(shard_rows=4), before=lambda: seen.append(len(run.plans())))
+    assert seen == [1] and len(run.plans()) == 2
+    run.plan(lambda: images(12), PlanConfig(shard_rows=4), before=lambda: seen.append(-1))
+    assert seen == [1]
+
+
 def test_failed_leaves_out_what_is_to_be_rewritten(run: Run) -> None:
     for shard in run.missing():
         work(run, shard, "truncated")
