@@ -5,7 +5,6 @@ told without any clock: on its own machine by the process table, elsewhere by wh
 looks.
 """
 
-import functools
 import json
 import os
 import platform
@@ -82,7 +81,7 @@ class Heartbeat:
     def __init__(self, root: str, verb: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         pid = os.getpid()
-        self._said = Driver(uuid.uuid4().hex, verb, platform.node(), pid, _machine(), _process(pid) or "", now)
+        self._said = Driver(uuid.uuid4().hex, verb, platform.node(), pid, storage.machine(), _process(pid) or "", now)
         self._uri = service(root, _FOLDER, f"{self._said.driver}.json")
         self._lock = threading.Lock()
         self._began = 0.0
@@ -232,16 +231,7 @@ def _judged(found: dict[str, Driver], verdicts: dict[str, bool | None]) -> list[
 
 def _lives_here(driver: Driver) -> bool | None:
     """Whether it is a process of this machine that runs; None where only its files can tell."""
-    return _process(driver.pid) == driver.process if driver.machine == _machine() else None
-
-
-@functools.cache
-def _machine() -> str:
-    """This boot of this machine, as seen from this pid namespace; unlike any other where that is not known."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return uuid.uuid4().hex
+    return _process(driver.pid) == driver.process if driver.machine == storage.machine() else None
 
 
 def _process(pid: int) -> str | None:

@@ -272,15 +272,20 @@ def stamped(table: str) -> pa.Schema:
     return TABLES[table].with_metadata({TABLE_KEY: table.encode(), VERSION_KEY: SCHEMA_VERSION.encode()})
 
 
+def version_of(schema: pa.Schema) -> str:
+    """The schema version that a file was written by; empty where it says none."""
+    version: str = (schema.metadata or {}).get(VERSION_KEY, b"").decode()
+    return version
+
+
 def check_version(table: str, schema: pa.Schema, uri: str) -> None:
     """Refuse a file that is not ``table`` or has another major version.
 
     Raises:
         SchemaError: with the file, what it is and what was expected.
     """
-    metadata = schema.metadata or {}
-    found = metadata.get(TABLE_KEY, b"").decode()
-    version = metadata.get(VERSION_KEY, b"").decode()
+    found = (schema.metadata or {}).get(TABLE_KEY, b"").decode()
+    version = version_of(schema)
     if found != table:
         raise SchemaError(
             f"{uri} holds {found or 'no segbatch table'}, not {table}", "check the order of the arguments"

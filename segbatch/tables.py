@@ -1,5 +1,6 @@
 """Parquet tables in a run root: ``ROOT/<table>/part-*.parquet``, service files in ``ROOT/.segbatch/``."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -77,17 +78,32 @@ def open_part(uri: str, table: str, check: bool = False) -> pq.ParquetFile:
     """
     source = storage.open_input(uri)
     try:
-        file = pq.ParquetFile(source, page_checksum_verification=check)
-    except pa.ArrowInvalid as error:
+        with _readable(uri):
+            file = pq.ParquetFile(source, page_checksum_verification=check)
+            schemas.check_version(table, file.schema_arrow, uri)
+    except SchemaError:
         source.close()
-        raise _unreadable(uri, error) from error
-    schemas.check_version(table, file.schema_arrow, uri)
+        raise
     return file
 
 
+@contextlib.contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    """What the Parquet reader says of a damaged footer names the file."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(uri, error) from error
+    except OSError as error:
+        if error.errno:  # the disk's
+            raise
+        raise _unreadable(uri, error) from error
+
+
 def _unreadable(uri: str, error: Exception) -> SchemaError:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
     return SchemaError(
-        f"{uri} is not a readable Parquet file: {error}", "delete it and run the command that wrote it again"
+        f"{uri} is not a readable Parquet file: {said}", "delete it and run the command that wrote it again"
     )
 
 
@@ -168,12 +184,9 @@ def footer(uri: str) -> dict[str, str]:
         ObjectMissing: the file is not there.
         SchemaError: it is not Parquet.
     """
-    with storage.open_input(uri) as source:
-        try:
-            metadata = pq.read_metadata(source).metadata or {}
-        except pa.ArrowInvalid as error:
-            raise _unreadable(uri, error) from error
-    return {k.decode(): v.decode() for k, v in metadata.items() if k != b"ARROW:schema"}
+    with storage.open_input(uri) as source, _readable(uri):
+        metadata = pq.read_metadata(source).metadata or {}
+        return {k.decode(): v.decode() for k, v in metadata.items() if k != b"ARROW:schema"}
 
 
 def write_dataset_info(root: str, info: dict[str, Any]) -> None:

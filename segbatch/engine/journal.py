@@ -13,7 +13,7 @@ from pathlib import Path
 
 from segbatch.errors import StorageError
 
-_SLOT_BYTES = 8192
+_SLOT_BYTES = 1 << 16  # a batch of 64 with ids of 1,000 characters
 _PREFIX = "segbatch-journal-"
 _STALE_S = 24 * 3600.0
 

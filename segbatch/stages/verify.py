@@ -99,9 +99,9 @@ def verify(run: Run, threads: int, advance: Callable[[int, int], None] = lambda 
         threads: files at a time; each holds a row group in memory (at most 100 rows or 64 MB, more when unpacked).
         advance: told of rows looked at, and of files with problems, as it goes on.
     """
-    shards = run.shards()
     folder = storage.join(run.root, run.table)
-    present = Present(tables.list_parts(folder))
+    present = Present(tables.list_parts(folder))  # before the plans, one of which has each of these files
+    shards = run.shards()
     places = present.places(shards)
     problems = [*_missing(run), *_strays(folder, present, places)]
     written = shards.where(places >= 0)
@@ -194,6 +194,9 @@ def _batches(part: _Part, table: str, fix: str, footer: dict[str, str] | None = 
     try:
         with tables.open_part(part.info.uri, table, check=True) as file:
             found = _footer(file)
+            if strange := _strange_columns(file.schema_arrow, table):
+                part.complain("schema", f"its columns are not those of {table}: {strange}", fix)
+                return
             part.has_checksums = tables.CHECKSUMS_KEY in found
             if footer is not None:
                 footer.update(found)
@@ -207,12 +210,27 @@ def _batches(part: _Part, table: str, fix: str, footer: dict[str, str] | None = 
         raise
     except SchemaError as error:
         part.complain("unreadable", error.problem.replace(f"{part.info.uri} ", ""), error.fix or fix)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         part.complain("unreadable", f"its content is damaged: {str(error).splitlines()[0]}", fix)
 
 
 def _footer(file: pq.ParquetFile) -> dict[str, str]:
     return {k.decode(): v.decode() for k, v in (file.metadata.metadata or {}).items() if k != b"ARROW:schema"}
+
+
+def _strange_columns(found: pa.Schema, table: str) -> str:
+    """What is wrong with the columns of a file; empty when nothing is. Files of earlier versions lack some.
+
+    A footer has no checksum: a damaged name would be a column that nobody reads.
+    """
+    wanted = schemas.TABLES[table]
+    names = wanted.names
+    if schemas.version_of(found) == schemas.SCHEMA_VERSION:
+        is_good = found.equals(wanted)
+    else:
+        names = [name for name in names if name in found.names]
+        is_good = found.names == names
+    return "" if is_good else ", ".join(sorted(set(found.names) ^ set(names))) or "their types"
 
 
 # -- content ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from segbatch.storage.addresses import (
     resolve,
 )
 from segbatch.storage.local import create as _create_local
-from segbatch.storage.local import on_scratch_disk, scratch_folder
+from segbatch.storage.local import machine, on_scratch_disk, scratch_folder
 from segbatch.storage.local import replace as _replace_local
 from segbatch.storage.patience import ATTEMPTS, attempt
 from segbatch.storage.probe import Guarantee
@@ -60,6 +60,7 @@ __all__ = [
     "left_temporary",
     "list_files",
     "list_folders",
+    "machine",
     "name_of",
     "on_scratch_disk",
     "open_input",

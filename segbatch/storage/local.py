@@ -5,7 +5,7 @@ import errno
 import fcntl
 import functools
 import os
-import platform
+import re
 import stat as stat_module
 import tempfile
 import uuid
@@ -16,6 +16,8 @@ from segbatch.storage import failures, traffic
 from segbatch.storage.addresses import ObjectInfo
 
 _TEMPORARY = ".tmp"
+_NAME = re.compile(r"\.(?P<machine>.+)\.(?P<pid>\d+)\.[0-9a-f]{32}\.tmp")
+"""Of a temporary file; nobody else's is ever touched."""
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def write_temporary(uri: str, data: bytes) -> str:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder) from error
     except FileNotFoundError as error:  # a filesystem that takes no new folders, such as /proc
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder) from error
-    temporary = os.path.join(folder, f".{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}{_TEMPORARY}")
+    temporary = os.path.join(folder, f".{machine()}.{os.getpid()}.{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -207,10 +209,10 @@ def left_temporary(root: str, older_than_s: float = 3600.0) -> Iterator[ObjectIn
     for folder, _, names in os.walk(root):
         for name in names:
             path = os.path.join(folder, name)
-            if name.startswith(".") and name.endswith(_TEMPORARY):
+            if writer := _NAME.fullmatch(name):
                 with contextlib.suppress(FileNotFoundError):
                     found = os.stat(path)
-                    if _writer_is_gone(name) or now() - found.st_mtime > older_than_s:
+                    if _is_gone(writer["machine"], writer["pid"]) or now() - found.st_mtime > older_than_s:
                         yield info_of(path, found)
 
 
@@ -223,12 +225,22 @@ def _now_at(folder: str) -> float:
         return 0.0
 
 
-def _writer_is_gone(name: str) -> bool:
+def _is_gone(where: str, pid: str) -> bool:
     """Whether a temporary file's writer was a process of this machine that has ended."""
-    node, pid, *_ = [*name[1:].rsplit(".", 3), ""]
-    return (
-        node == platform.node() and pid.isdigit() and os.path.exists("/proc/1") and not os.path.exists(f"/proc/{pid}")
-    )
+    return where == machine() and os.path.exists("/proc/1") and not os.path.exists(f"/proc/{pid}")
+
+
+@functools.cache
+def machine() -> str:
+    """This boot of this machine, as seen from this pid namespace; unlike any other where that is not known.
+
+    Containers may share a host's name, and machines that were cloned.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}-{os.readlink('/proc/self/ns/pid').strip('pid:[]')}"
+    except OSError:
+        return uuid.uuid4().hex
 
 
 @contextlib.contextmanager

@@ -108,3 +108,10 @@ def test_stale_journals_go(folder: Path) -> None:
     assert sorted(folder.iterdir()) == sorted([other, Path(recent)])
     journal.remove(recent)
     journal.remove(recent)
+
+
+def test_a_batch_with_long_ids_is_noted_whole(tmp_path: Path) -> None:
+    ids = [f"{i:03d}-{'x' * 900}" for i in range(64)]
+    notes = journal.FileJournal(str(tmp_path / "journal"), 1)
+    notes.note("model", 7, ids)
+    assert journal.read(str(tmp_path / "journal")) == [(7, i) for i in ids]

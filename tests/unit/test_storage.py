@@ -253,13 +253,24 @@ def test_sweep_spares_the_living(tmp_path: Path) -> None:
     left = os.listdir(tmp_path)
     assert len(left) == 1 and left[0].endswith(".tmp")
     mine = Path(local.write_temporary(str(tmp_path / "mine"), b""))
-    other = tmp_path / ".other-machine.1.abc.tmp"
+    other = tmp_path / f".other-machine.1.{'0' * 32}.tmp"
     other.write_text("")
     assert storage.sweep_temporary(str(tmp_path)) == 1
     assert {p.name for p in tmp_path.iterdir()} == {mine.name, other.name}
     os.utime(other, (0, 0))
     assert storage.sweep_temporary(str(tmp_path)) == 1
     assert [p.name for p in tmp_path.iterdir()] == [mine.name]
+
+
+def test_sweep_spares_what_others_call_temporary(tmp_path: Path) -> None:
+    draft = tmp_path / ".draft.tmp"
+    draft.write_text("mine")
+    os.utime(draft, (0, 0))
+    boot, namespace = storage.machine().rsplit("-", 1)
+    container = tmp_path / f".{boot}-{int(namespace) + 1}.{2**22 + 1}.{'0' * 32}.tmp"  # its process is not seen here
+    container.write_text("half a file")
+    assert storage.sweep_temporary(str(tmp_path)) == 0
+    assert draft.exists() and container.exists()
 
 
 def test_check_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

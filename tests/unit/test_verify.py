@@ -1,11 +1,13 @@
 """Verification: every kind of damage is found, named with its file, and nothing else."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import generators
+import numpy as np
 import photos
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +17,7 @@ from doubles import FreeModel
 import segbatch
 from segbatch import api, cli, schemas, tables
 from segbatch.config import EngineConfig, PlanConfig, RunOptions
-from segbatch.errors import BadItemsError
+from segbatch.errors import BadItemsError, SchemaError, SegbatchError
 from segbatch.stages.verify import Problem
 
 SMALL = RunOptions(engine=EngineConfig(kind="inline", threads=2), plan=PlanConfig(shard_rows=2))
@@ -96,6 +98,45 @@ def test_a_changed_byte_anywhere_in_the_pages(masks: Path) -> None:
         assert problem.fix == f"delete it and run the command that made {masks} again"
     part.write_bytes(good)
     assert problems(masks) == []
+
+
+def test_a_changed_byte_anywhere_in_the_footer(masks: Path) -> None:
+    """It is found, or changes nothing that is read; and no verb says what is wrong without saying of which file."""
+    part = parts(masks)[0]
+    good, rows = part.read_bytes(), [b.to_pylist() for b in tables.batches(str(part), "masks")]
+    length = int.from_bytes(good[-8:-4], "little")
+    random = np.random.default_rng(0)
+    found = 0
+    for at in [*random.integers(len(good) - 8 - length, len(good), 150).tolist(), good.rindex(b"image_uri")]:
+        damaged = bytearray(good)
+        damaged[at] ^= 1 << int(random.integers(0, 8))
+        part.write_bytes(damaged)
+        if problems(masks):
+            found += 1
+            with contextlib.suppress(SegbatchError):
+                api.status(str(masks))
+        else:
+            assert [b.to_pylist() for b in tables.batches(str(part), "masks")] == rows
+    assert found > 50
+
+
+def test_a_damaged_column_name(masks: Path) -> None:
+    part = parts(masks)[0]
+    good = part.read_bytes()
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    part.write_bytes(good[:footer] + good[footer:].replace(b"image_uri", b"image_urj"))
+    (problem,) = [p for p in problems(masks) if p.code == "schema"]
+    assert problem.uri == str(part) and "image_uri" in problem.said and "image_urj" in problem.said
+
+
+def test_a_damaged_footer_is_told_with_its_file(masks: Path) -> None:
+    part = parts(masks)[0]
+    good = bytearray(part.read_bytes())
+    good[len(good) - 8 - int.from_bytes(good[-8:-4], "little")] ^= 0x80
+    part.write_bytes(good)
+    for verb in (api.status, lambda out: list(tables.scan(out, "masks"))):
+        with pytest.raises(SchemaError, match=rf"{part.name} is not a readable Parquet file"):
+            verb(str(masks))
 
 
 def test_deleting_what_is_broken_and_running_again_mends_it(tmp_path: Path, masks: Path) -> None:

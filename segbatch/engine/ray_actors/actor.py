@@ -100,12 +100,15 @@ class Actor:
         address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         return Place(here.get_node_id(), address, os.getpid(), self._path, _log_of_this_process(), __version__)
 
-    def open(self, task: Task, threads: int, trace: Mapping[str, str]) -> Usage:
-        """Open the journal and the worker (load the model), unless the actor is no longer needed; what that used."""
+    def open(self, task: Task, threads: int, at_once: int, trace: Mapping[str, str]) -> Usage:
+        """Open the journal and the worker (load the model), unless the actor is no longer needed; what that used.
+
+        ``at_once`` shards will be worked on.
+        """
         with self._leaving:
             if self._forgotten:
                 return usage()
-            notes = journal.FileJournal(self._path, 2 * threads + _SPARE_SLOTS)
+            notes = journal.FileJournal(self._path, 2 * threads + at_once + _SPARE_SLOTS)
         self._activity = Activity(notes)
         try:
             with tracing.span("segbatch worker start", trace):

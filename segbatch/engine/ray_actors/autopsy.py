@@ -114,7 +114,7 @@ class Autopsies:
             return None
         try:
             return self._find(place.node, suspects)
-        except (_GivenUp, RayError) as error:
+        except (_GivenUp, RayError, RuntimeError) as error:  # the latter when the cluster's head is restarting
             log.warning("probing was given up: %s", last_line(error))
             return None
 
@@ -130,7 +130,7 @@ class Autopsies:
             asked = cluster.ask_node(function, node, *arguments)
             self._wait(asked, _NODE_S, self._closing)
             return cluster.get(asked, timeout_s=0)
-        except (_GivenUp, RayError) as error:
+        except (_GivenUp, RayError, RuntimeError) as error:
             log.warning("node %s cannot be asked: %s", node, last_line(error))
             return None
 

@@ -188,9 +188,9 @@ class Driver:
         if place.version != __version__:
             what = f"node {place.address} has segbatch {place.version}, the driver {__version__}"
             raise EngineError(what, "install the same version everywhere")
-        self._when_done(
-            slot.handle.open.remote(self._task, self._pool.threads, self._control.trace), slot, self._opened
-        )
+        at_once, trace = self._config.in_flight, self._control.trace
+        opening = slot.handle.open.remote(self._task, self._pool.threads, at_once, trace)
+        self._when_done(opening, slot, self._opened)
 
     def _opened(self, slot: Slot, used: Usage) -> None:
         slot.ready = True
