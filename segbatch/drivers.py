@@ -118,6 +118,11 @@ class Heartbeat:
                 while now - self._history[0][0] > _WINDOW_S:
                     self._history.popleft()
 
+    def others_did(self, rows: int) -> None:
+        """So many more of the rows that it will tell next are other drivers' work: they are no part of its speed."""
+        with self._lock:
+            self._history = deque((when, there + rows) for when, there in self._history)
+
     def work_at(self, places: Sequence[str]) -> None:
         """Its actors are there now."""
         with self._lock:

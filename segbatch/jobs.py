@@ -511,9 +511,9 @@ def completed(
                     work(run, job, todo, limits, options.engine, watch, stop, done)
         except BaseException as error:
             with contextlib.suppress(SegbatchError):  # a store that is gone must not hide why
-                record = _recorded(run, job, options, done, error)
+                record = recorded(run, job, options, done, error)
             raise
-        record = _recorded(run, job, options, done)
+        record = recorded(run, job, options, done)
         result = done.result(run.finish(), record)
         watch.say(_summary(result))
         if line := done.meter.line(done.seconds):
@@ -526,7 +526,7 @@ def completed(
     return result
 
 
-def _recorded(
+def recorded(
     run: Run, job: Job, options: RunOptions, done: "Done", error: BaseException | None = None
 ) -> dict[str, Any]:
     """The record of this call, written; empty where it found nothing to do."""
@@ -560,6 +560,15 @@ class SeesWorkers(Protocol):
         ...
 
 
+@runtime_checkable
+class SeesOthers(Protocol):
+    """A Watch that wants to know what other drivers did of the same work."""
+
+    def others_did(self, rows: int) -> None:
+        """So many more rows."""
+        ...
+
+
 class Beating:
     """A Watch that tells the driver's heartbeat, too."""
 
@@ -575,6 +584,10 @@ class Beating:
     def work_at(self, places: Sequence[str]) -> None:
         """See ``SeesWorkers``."""
         self._heartbeat.work_at(places)
+
+    def others_did(self, rows: int) -> None:
+        """See ``SeesOthers``."""
+        self._heartbeat.others_did(rows)
 
     def advance(self, done: int, bad: int) -> None:
         """See ``Watch``."""
@@ -744,6 +757,8 @@ class _Counts:
         if not outcome.committed_by_other:
             self._own += outcome.rows - outcome.copied
             self._copied += outcome.copied
+        elif isinstance(self._watch, SeesOthers):
+            self._watch.others_did(outcome.rows)
         self.partial(0)
 
     def partial(self, rows: int) -> None:

@@ -21,7 +21,7 @@ from segbatch.config import RunOptions
 from segbatch.drivers import Heartbeat
 from segbatch.engine import Engine
 from segbatch.errors import ConfigError, SegbatchError
-from segbatch.jobs import Beating, Done, Job, Limits, RunResult, Watch, completed, opened, planned, work
+from segbatch.jobs import Beating, Done, Job, Limits, RunResult, Watch, completed, opened, planned, recorded, work
 from segbatch.records import Outcome, ShardRef
 from segbatch.runs import Run
 from segbatch.shards import Shards
@@ -127,6 +127,11 @@ class _Runs(Run):
             done.meter.was_part_of(total.meter)
             done.began = done.meter.shards > 0
 
+    def recorded(self, jobs: Mapping[str, Job], options: RunOptions, error: BaseException) -> None:
+        """Each root gets the record of what was done until ``error`` ended the pass."""
+        for alias, run in self._runs.items():
+            recorded(run, jobs[alias], options, self._done[alias], error)
+
     def record(self, outcome: Outcome) -> None:
         """See ``Run``."""
         for alias, member in cast(ManyOutcome, outcome).members:
@@ -225,8 +230,12 @@ def _shared(jobs: Mapping[str, Job], runs: "_Runs", limits: Limits, options: Run
     total = Done()
     try:
         work(runs, job, cast(Shards, together), limits, options.engine, watch, threading.Event(), total)
-    finally:
+    except BaseException as error:
         runs.end(total)
+        with contextlib.suppress(SegbatchError):  # a store that is gone must not hide why
+            runs.recorded(jobs, options, error)
+        raise
+    runs.end(total)
 
 
 def _finished(

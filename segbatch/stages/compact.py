@@ -23,6 +23,7 @@ from segbatch.stages.allocator import keep_freed_pages
 from segbatch.stages.join import SOURCE_KEY
 
 _BATCH_ROWS = 64
+_TURN_S = 1.0
 
 
 def items(run: Run) -> Iterator[PlanItem]:
@@ -81,9 +82,11 @@ class CompactWorker:
         Raises:
             SchemaError: a file is damaged, or its footer tells another number of bad rows than it holds.
         """
-        with self._one_file:
+        slot = threading.current_thread().name
+        while not self._one_file.acquire(timeout=_TURN_S):
+            self._journal.note(slot, shard.number, [])  # it does not hang, it waits for its turn
+        try:
             began = time.perf_counter()
-            slot = threading.current_thread().name
             writer = tables.PartWriter(self._table)
             footers = []
             found = items_of(shard)
@@ -96,6 +99,8 @@ class CompactWorker:
                 self._journal.clear(slot)
             seconds = {"total": time.perf_counter() - began}
             return commit(shard, writer, seconds, extra=_sources(found, footers))
+        finally:
+            self._one_file.release()
 
     def _copy(self, item: PlanItem, footer: Mapping[str, str], writer: tables.PartWriter) -> None:
         before = (writer.rows, Counter(writer.reasons), Counter(writer.issues))

@@ -1,7 +1,9 @@
 """Compaction: the same rows in fewer files, under the run protocol; the old root is only read."""
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from doubles import FreeModel
 import segbatch
 from segbatch import api, jobs, schemas, tables
 from segbatch.config import EngineConfig, PlanConfig, RunOptions
+from segbatch.engine.activity import Activity
+from segbatch.engine.journal import NullJournal
 from segbatch.errors import ConfigError, IncompleteRunError, SchemaError
 from segbatch.jobs import Limits
 from segbatch.runs import Run, items_of
-from segbatch.stages import join
+from segbatch.stages import compact, join
 from segbatch.stages.join import SOURCE_KEY
 
 SMALL = RunOptions(engine=EngineConfig(kind="inline"), plan=PlanConfig(shard_rows=2))
@@ -174,3 +178,24 @@ def test_a_copy_is_not_retried(tmp_path: Path, samples: Path) -> None:
         segbatch.retry(str(tmp_path / "new"), options=INLINE)
     with pytest.raises(ConfigError, match="another configuration: file_bytes"):
         api.compact(str(samples), str(tmp_path / "new"), file_bytes=1 << 20, options=INLINE)
+
+
+def test_a_file_that_waits_for_its_turn_does_not_look_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "_TURN_S", 0.01)
+    source = tmp_path / "samples"
+    segbatch.ingest("images", str(photos.folder(tmp_path / "in", 4)), str(source), options=INLINE)
+    job = jobs.compact_job(str(source), str(tmp_path / "new"), 1 << 20)
+    run, listing = jobs.opened(job)
+    run.plan(listing, PlanConfig(shard_rows=2**31))
+    (shard,) = run.shards()
+    activity = Activity(NullJournal())
+    worker = compact.CompactTask("samples").open(1, activity)
+    with activity.of(shard.number), ThreadPoolExecutor(1) as pool:
+        with worker._one_file:
+            waiting = pool.submit(worker.run, shard, {})
+            began = activity._latest[shard.number]
+            until = time.monotonic() + 20
+            while activity._latest[shard.number] < began + 0.1 and time.monotonic() < until:
+                time.sleep(0.01)
+            assert activity._latest[shard.number] >= began + 0.1 and not waiting.done()
+        assert waiting.result(timeout=20).rows == 4

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from segbatch import api, cli, schemas, storage, tables
 from segbatch.codecs import photo
 from segbatch.config import RunOptions
-from segbatch.errors import ConfigError
+from segbatch.errors import BadItemsError, ConfigError
 from segbatch.jobs import BadRunError, Limits, RunResult, Selection, predict_job
 from segbatch.models.base import InputSpec
 from segbatch.one_pass import Together
@@ -318,3 +318,14 @@ def test_aliases_of_the_command_line(
         cli.main(["predict", model, str(tmp_path), str(tmp_path / "out"), *also])
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_pass_that_ends_early_leaves_its_records(tmp_path: Path) -> None:
+    source = photos.folder(tmp_path / "in", 12)
+    (source / "odd.jpg").write_bytes(b"no photo")
+    models = {"one": FreeModel(), "two": FreeModel()}
+    with pytest.raises(BadItemsError, match="not-an-image"):
+        api.predict_many(models, str(source), str(tmp_path / "out"), limits=Limits(fail_fast=True), options=INLINE)
+    for alias in models:
+        (record,) = (tmp_path / "out" / alias / ".segbatch" / "runs").glob("*.json")
+        assert json.loads(record.read_text())["ended"].startswith("BadItemsError: ")

@@ -151,3 +151,16 @@ def test_status_of_a_run_that_was_killed(tmp_path: Path, capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert f"{out}: 2 of 3 rows, 2 of 3 shards, 0 bad" in text
     assert f"process {2**22 + 1}: died; began" in text and "nobody is at work" in text
+
+
+def test_what_others_did_is_no_part_of_a_drivers_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    beat = Heartbeat(str(tmp_path), "predict")
+    beat.begin(1000)
+    for _ in range(10):
+        now[0] += 10
+        beat.others_did(90)
+        beat.advance(beat._done[0] + 100, 0)
+    assert beat._done == (1000, 0)
+    assert beat._speed() == (100.0, 1.0)
