@@ -66,6 +66,10 @@ class Limits:
         """Limit of one request that moves ``size`` bytes."""
         return self.connect_s + self.read_s + size / _SLOWEST
 
+    def call_s(self, size: int) -> float:
+        """Limit of a call that moves ``size`` bytes, with all its repetitions."""
+        return self.total_s + 2 * size / _SLOWEST
+
 
 def _positive(name: str, text: str) -> float:
     try:
@@ -94,6 +98,11 @@ class Breaker:
     _until: float | None = None
     _probed: float = -math.inf
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def rests(self) -> bool:
+        """Whether it does not answer, as far as is known."""
+        return self._until is not None
 
     def admit(self) -> str:
         """``yes``, ``probe`` (the store is resting, this one request looks), ``wait``, or ``no`` (given up)."""
@@ -141,6 +150,15 @@ class Tries:
     def left_s(self) -> float:
         """Seconds until the call is given up."""
         return max(self._ends - time.monotonic(), 0.001)
+
+    def stood_in_line(self, seconds: float) -> None:
+        """Behind other requests of this process, which is not the store's fault."""
+        self._ends += seconds
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Whether the store has gone to rest since this request was admitted; it must ask again."""
+        return self._admitted == "yes" and self._breaker is not None and self._breaker.rests
 
     def hold_s(self) -> float:
         """Seconds to wait before asking whether the request may go; 0: it may.

@@ -93,7 +93,13 @@ def _probe_remote(key: str) -> Guarantee:
     if not isinstance(store, S3Store):
         return Guarantee(in_parts=True)
     condition = {"IfNoneMatch": "*"}
-    return Guarantee(in_parts=_is_refused(lambda: store.wait(store.put_in_parts(key, b"3", condition))))
+    try:
+        in_parts = _is_refused(lambda: store.wait(store.put_in_parts(key, b"3", condition)))
+    except StorageError as error:
+        if error.__cause__ is None or not failures.is_unknown_header(error.__cause__):
+            raise
+        in_parts = False
+    return Guarantee(in_parts=in_parts)
 
 
 def _is_refused(write: Callable[[], None]) -> bool:

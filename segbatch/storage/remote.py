@@ -98,6 +98,7 @@ class Store:
         self._slots = asyncio.Semaphore(self.limits.connections)
         self._write_lock = threading.Lock()
         self._renewed = time.monotonic()
+        self._renewal = asyncio.Lock()
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -121,12 +122,16 @@ class Store:
 
     async def ask(self, uri: str, doing: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
         """One request, with a time limit, repeated while that may help; ``size`` is how many bytes it moves."""
-        tries = Tries(uri, doing, self.breaker(uri), self.limits.total_s)
+        tries = Tries(uri, doing, self.breaker(uri), self.limits.call_s(size))
         while True:
             while pause := tries.hold_s():
                 await asyncio.sleep(pause)
+            asked = time.monotonic()
             try:
                 async with self._slots:
+                    tries.stood_in_line(time.monotonic() - asked)
+                    if tries.is_overtaken:
+                        continue
                     result = await asyncio.wait_for(call(), min(self.limits.request_s(size), tries.left_s()))
             except SegbatchError:
                 raise
@@ -143,9 +148,10 @@ class Store:
 
     async def _renew(self) -> None:
         """Read the keys again: the environment, the credentials file, the machine's role."""
-        if self.scheme == "s3" and time.monotonic() - self._renewed > _RENEW_AFTER_S:
-            self._renewed = time.monotonic()
-            await self.filesystem.set_session(refresh=True)
+        async with self._renewal:  # whoever comes meanwhile waits for the new keys
+            if self.scheme == "s3" and time.monotonic() - self._renewed > _RENEW_AFTER_S:
+                await self.filesystem.set_session(refresh=True)
+                self._renewed = time.monotonic()
 
     def call(self, uri: str, doing: str, method: str, *args: Any, size: int = 0, **options: Any) -> Any:
         """A method of the filesystem; ``args`` and ``options`` are its own."""

@@ -20,12 +20,12 @@ import binascii
 import heapq
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import IO, Any
 
 from segbatch import archives
-from segbatch.errors import ConfigError, ObjectExists, ObjectMissing, StorageError
+from segbatch.errors import ConfigError, ObjectExists, ObjectMissing, StorageError, TransientStorageError
 from segbatch.storage import failures, traffic
 from segbatch.storage.addresses import ObjectInfo, name_of
 from segbatch.storage.patience import Limits
@@ -232,22 +232,32 @@ class S3Store(Store):
             count = max(-(-len(data) // _PART), 1)
             parts = {"Parts": await asyncio.gather(*(part(n) for n in range(1, count + 1)))}
             last = {"MultipartUpload": parts, **upload, **condition}
+            attempts = 0
+
+            def complete() -> Awaitable[Any]:
+                nonlocal attempts
+                attempts += 1
+                return self._request("complete_multipart_upload", uri, **last)
+
             try:
-                await self.ask(uri, "write", lambda: self._request("complete_multipart_upload", uri, **last), len(data))
+                await self.ask(uri, "write", complete, len(data))
             except ObjectMissing as error:  # NoSuchUpload: an attempt before this one has completed it
-                if not condition and await self._is_there(uri):
-                    return
-                raise ObjectExists(f"{uri} exists already") from error
+                if condition:
+                    raise ObjectExists(f"{uri} exists already") from error
+                if attempts == 1 or await self._size_there(uri) != len(data):
+                    raise TransientStorageError(
+                        f"the upload of {uri} was ended by somebody else", "run the same command again"
+                    ) from error
         except BaseException:
             await self._abort(uri, upload)
             raise
 
-    async def _is_there(self, uri: str) -> bool:
+    async def _size_there(self, uri: str) -> int | None:
         try:
-            await self.ask(uri, "look at", lambda: self._request("head_object", uri))
+            found = await self.ask(uri, "look at", lambda: self._request("head_object", uri))
         except ObjectMissing:
-            return False
-        return True
+            return None
+        return int(found["ContentLength"])
 
     async def _abort(self, uri: str, upload: dict[str, str]) -> None:
         """Discard the parts of an upload; what cannot be discarded is left to the bucket's life-cycle rule."""
@@ -393,9 +403,9 @@ def _flag(name: str) -> bool:
     return _FLAGS[text.lower()]
 
 
-def _request_options() -> dict[str, str]:
+def _request_options() -> dict[str, str | bytes]:
     """Options of every request that knows them."""
-    options = {"RequestPayer": "requester"} if _flag("REQUESTER_PAYS") else {}
+    options: dict[str, str | bytes] = {"RequestPayer": "requester"} if _flag("REQUESTER_PAYS") else {}
     sse, kms, own = (os.environ.get(f"SEGBATCH_S3_{n}", "") for n in ("SSE", "SSE_KMS_KEY_ID", "SSE_C_KEY"))
     if sse and sse not in _SSE:
         raise ConfigError(f"SEGBATCH_S3_SSE={sse} is no encryption of S3", f"known are {', '.join(_SSE)}")
@@ -413,8 +423,8 @@ def _request_options() -> dict[str, str]:
     return options
 
 
-def _own_key(text: str) -> str:
-    """A customer's key as botocore wants it, which encodes it itself.
+def _own_key(text: str) -> bytes:
+    """A customer's key as botocore wants it: bytes, since of a text it takes the UTF-8.
 
     Raises:
         ConfigError: it is not 32 bytes in base64; the key is not shown.
@@ -425,4 +435,4 @@ def _own_key(text: str) -> str:
         key = b""
     if len(key) != 32:
         raise ConfigError("SEGBATCH_S3_SSE_C_KEY is not 32 bytes in base64", "openssl rand -base64 32 makes one")
-    return key.decode("latin-1")
+    return key

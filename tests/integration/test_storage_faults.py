@@ -1,6 +1,8 @@
 """What stores and networks do on bad days, by a proxy before the S3 server: nothing is lost, and no wait is endless."""
 
+import base64
 import contextlib
+import hashlib
 import os
 import threading
 import time
@@ -267,6 +269,22 @@ def test_one_put_where_completion_takes_no_condition(parts: Proxy) -> None:
         storage.create(f"{root}/masks/part-0.parquet", bytes(7 << 20))
 
 
+def test_one_put_where_completion_refuses_a_condition(parts: Proxy) -> None:
+    parts.rules = [Rule(Refuse(501, "NotImplemented"), "POST", "uploadId=", times=20)]
+    assert storage.check_writable(f"{KEY}refuses") == storage.Guarantee(put_if_absent=True, in_parts=False)
+
+
+def test_an_upload_that_somebody_else_ended_is_no_success(parts: Proxy) -> None:
+    uri = f"{KEY}ended"
+    storage.replace(uri, b"old")
+    parts.rules = [Rule(Refuse(404, "NoSuchUpload"), "POST", "uploadId=", times=1)]
+    with pytest.raises(TransientStorageError, match="was ended by somebody else"):
+        storage.replace(uri, bytes(7 << 20))
+    assert storage.read_bytes(uri) == b"old"
+    storage.replace(uri, bytes(7 << 20))
+    assert storage.read_bytes(uri) == bytes(7 << 20)
+
+
 # -- stores without put-if-absent ------------------------------------------------------------------------------------
 
 
@@ -355,6 +373,18 @@ def test_settings_reach_the_requests(between: Proxy, monkeypatch: pytest.MonkeyP
     asked = {k.lower(): v for k, v in between.headers["GET"].items()}
     assert asked["x-amz-request-payer"] == "requester" and "x-amz-server-side-encryption" not in asked
     assert between.asked[-1].startswith(f"GET /{s3.BUCKET}/")
+
+
+def test_a_key_of_ones_own_is_sent_as_it_is(between: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most keys have bytes above 127."""
+    key = base64.b64encode(bytes(range(200, 232))).decode()
+    monkeypatch.setenv("SEGBATCH_S3_SSE_C_KEY", key)
+    forget()
+    storage.replace(f"{KEY}own-key", b"1")
+    sent = {k.lower(): v for k, v in between.headers["PUT"].items()}
+    assert sent["x-amz-server-side-encryption-customer-key"] == key
+    digest = base64.b64encode(hashlib.md5(base64.b64decode(key)).digest()).decode()
+    assert sent["x-amz-server-side-encryption-customer-key-md5"] == digest
 
 
 def test_public_buckets_without_keys(between: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

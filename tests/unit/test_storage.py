@@ -500,6 +500,23 @@ def test_attempts_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.01 < time.monotonic() - began < 2
 
 
+def test_standing_in_line_costs_no_time_and_large_objects_get_more() -> None:
+    tries = patience.Tries("s3://b/x", "read", None, total_s=1)
+    tries.stood_in_line(100)
+    assert 100 < tries.left_s() <= 101
+    limits = patience.Limits(total_s=120)
+    assert limits.call_s(0) == 120 and limits.call_s(1 << 30) > 2 * limits.request_s(1 << 30) - limits.request_s(0) * 2
+
+
+def test_a_request_that_stood_in_line_asks_again_when_the_store_has_gone() -> None:
+    breaker = patience.Breaker("s3://b")
+    tries = patience.Tries("s3://b/x", "read", breaker)
+    assert tries.hold_s() == 0 and not tries.is_overtaken
+    for _ in range(10):
+        breaker.failed(False, "TimeoutError")
+    assert tries.is_overtaken and tries.hold_s() > 0
+
+
 class Throttled(Exception):
     response: ClassVar = {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}
 
